@@ -1,0 +1,130 @@
+"""Every error that this package raises on purpose, as one tree.
+
+    RunnerError
+    ├── UsageError                what the user gave is wrong: exit code 2, nothing written
+    │   ├── JobError              the job file
+    │   └── UnknownName           a run, a checkpoint or a subset that does not exist
+    ├── StoreError                the store refuses, is out of reach, or is full
+    │   └── NotFound              a key that is not there
+    ├── CheckpointError
+    │   ├── CheckpointCorrupt     does not match its own manifest
+    │   ├── CheckpointInvalid     a manifest that cannot be read or trusted
+    │   └── NoValidCheckpoint     there are checkpoints, and none of them verifies
+    ├── CaptureError              a value that cannot be saved; names its path
+    ├── RestoreError              what was saved does not fit the live objects
+    │   └── PositionError         the data changed, so the place in it cannot be found again
+    ├── SpoolError                the spool is not usable
+    │   ├── SpoolFull             no memory for a slot
+    │   └── SpoolTaken            another process of the attempt has attached already
+    └── Fenced                    a newer attempt has the run: exit code 76
+
+A message says where, what is wrong, and what to do next. Code branches on these types, never on
+text.
+"""
+
+from __future__ import annotations
+
+
+class RunnerError(Exception):
+    """The root of all errors raised on purpose."""
+
+
+class UsageError(RunnerError):
+    """What the user gave is wrong; retrying cannot help."""
+
+
+class JobError(UsageError):
+    """A job file that cannot be obeyed.
+
+    `problems` holds one line each: where (file and line), the key, what was expected.
+    """
+
+    def __init__(self, *problems: str) -> None:
+        self.problems = problems
+        super().__init__("\n".join(problems))
+
+
+class UnknownName(UsageError):
+    """A name that nothing answers to, with the nearest ones that exist."""
+
+    def __init__(self, kind: str, name: str, known: list[str] | tuple[str, ...] = ()) -> None:
+        import difflib
+
+        self.kind, self.name = kind, name
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        super().__init__(f"there is no {kind} {name!r}{hint}")
+
+
+class StoreError(RunnerError):
+    """The store refuses, cannot be reached, or is full. Says nothing about what is in it."""
+
+
+class NotFound(StoreError):
+    """The store answers, and there is nothing under this key."""
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+        super().__init__(f"{key} is not in the store")
+
+
+class CheckpointError(RunnerError):
+    """Something is wrong with a saved checkpoint."""
+
+
+class CheckpointCorrupt(CheckpointError):
+    """A committed checkpoint does not match its own manifest."""
+
+    def __init__(self, checkpoint: str, problem: str) -> None:
+        self.checkpoint, self.problem = checkpoint, problem
+        super().__init__(f"checkpoint {checkpoint} is corrupt: {problem}")
+
+
+class CheckpointInvalid(CheckpointCorrupt):
+    """A manifest that cannot be read, is of another version, or names files it must not."""
+
+
+class NoValidCheckpoint(CheckpointError):
+    """The run has checkpoints, and none of them verifies. It is never begun anew in silence."""
+
+
+class CaptureError(RunnerError):
+    """A value in the state that cannot be saved.
+
+    `path` names it as the user would write it: `optimizer.param_groups[0]['hook']`.
+    """
+
+    def __init__(self, path: str, problem: str) -> None:
+        self.path, self.problem = path, problem
+        super().__init__(f"{path} {problem}")
+
+
+class RestoreError(RunnerError):
+    """What was saved does not fit the live objects; nothing is put in place half."""
+
+
+class PositionError(RestoreError):
+    """The data or its order changed, so the place in it cannot be found again exactly."""
+
+
+class SpoolError(RunnerError):
+    """The spool directory is missing, foreign, or not usable."""
+
+
+class SpoolFull(SpoolError):
+    """There is no memory for a slot of the size that the state needs."""
+
+
+class SpoolTaken(SpoolError):
+    """Another process of the same attempt has attached already."""
+
+
+class Fenced(RunnerError):
+    """A newer attempt, of another supervisor, has the run. Nothing may be written any more."""
+
+    def __init__(self, run_id: str, attempt: int, owner: str) -> None:
+        self.run_id, self.attempt, self.owner = run_id, attempt, owner
+        super().__init__(
+            f"run {run_id}: attempt {attempt} belongs to another supervisor ({owner}); "
+            "this one stops writing"
+        )
