@@ -1,0 +1,13 @@
+"""Where checkpoints live."""
+
+from runner.store.base import Staging, Store
+from runner.store.local import DirectoryStore
+
+__all__ = ["DirectoryStore", "Staging", "Store", "open_store"]
+
+
+def open_store(location: str) -> Store:
+    """The store at a location of a job file: a directory, absolute by now."""
+    from pathlib import Path
+
+    return DirectoryStore(Path(location))

@@ -1,0 +1,168 @@
+"""The checkpoints that a run has in a store: which there are, and whether they are sound.
+
+<run>/checkpoints/step-…/        see `format`
+<run>/quarantine/step-….json     why a checkpoint is not used any more; its files stay
+<run>/pins/step-…                kept by hand, whatever retention says
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from hashlib import sha256
+
+from runner.checkpoint import format as fmt
+from runner.checkpoint.attempts import utc_now
+from runner.checkpoint.format import CheckpointName, FileImage
+from runner.checkpoint.manifest import FileEntry, Manifest
+from runner.checkpoint.retention import ranked
+from runner.errors import CheckpointCorrupt, NotFound, UnknownName
+from runner.store import Store
+
+_MAX_MANIFEST_BYTES = 64 * fmt.MEBIBYTE
+_HASHING_THREADS = 2
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the files of a checkpoint go in one block of memory of `nbytes`."""
+
+    images: tuple[FileImage, ...]
+    nbytes: int
+
+
+class Archive:
+    """Reads the checkpoints of one run; the only thing it ever writes is a quarantine marker."""
+
+    def __init__(self, store: Store, run_id: str) -> None:
+        self.store, self.run_id = store, run_id
+
+    def names(self) -> list[CheckpointName]:
+        """Committed or not, newest first, without those in quarantine."""
+        entries = self.store.children(f"{self.run_id}/checkpoints")
+        names = [name for name in map(CheckpointName.parse, entries) if name is not None]
+        bad = self.quarantined() if names else set()
+        return sorted((name for name in names if str(name) not in bad), reverse=True)
+
+    def quarantined(self) -> set[str]:
+        """Names of the checkpoints that were found corrupt."""
+        files = self.store.children(f"{self.run_id}/quarantine")
+        return {file.removesuffix(".json") for file in files}
+
+    def manifest(self, name: str) -> Manifest:
+        """NotFound if there is none (so no checkpoint), CheckpointInvalid if it is unusable."""
+        key = f"{self.run_id}/checkpoints/{name}/{fmt.MANIFEST_FILE}"
+        return Manifest.from_json(self.store.read(key, _MAX_MANIFEST_BYTES), name)
+
+    def manifests(self) -> Iterator[Manifest]:
+        """Every readable manifest, newest first."""
+        for name in self.names():
+            try:
+                yield self.manifest(str(name))
+            except (NotFound, CheckpointCorrupt):
+                continue
+
+    def find(self, which: str, metric: str | None = None, mode: str = "min") -> Manifest:
+        """The checkpoint that a user names: `latest`, `best`, a step, or its full name.
+
+        Raises UnknownName if there is no such checkpoint, CheckpointInvalid if it is unusable.
+        """
+        manifests = {manifest.name: manifest for manifest in self.manifests()}
+        if which == "latest" and manifests:
+            return next(iter(manifests.values()))
+        if which == "best" and metric is not None:
+            best = ranked([m.moment for m in manifests.values()], metric, mode)
+            if best:
+                return manifests[str(best[0].name)]
+        if which.isascii() and which.isdigit():
+            for manifest in manifests.values():
+                if manifest.moment.step == int(which):
+                    return manifest
+        if which in manifests:
+            return manifests[which]
+        if CheckpointName.parse(which) in self.names():
+            return self.manifest(which)
+        steps = [str(manifest.moment.step) for manifest in manifests.values()]
+        raise UnknownName(f"checkpoint of run {self.run_id}", which, [*manifests, *steps])
+
+    def quarantine(self, name: str, reason: str) -> None:
+        """Mark a checkpoint as not to be used; its files stay for whoever wants to look."""
+        note = {"checkpoint": name, "reason": reason, "found_at": utc_now()}
+        self.store.create(f"{self.run_id}/quarantine/{name}.json", json.dumps(note).encode())
+
+    def layout(self, manifest: Manifest) -> Layout:
+        """Where its files would go in a slot, after their sizes in the store were checked.
+
+        CheckpointCorrupt if a file is missing or has another size; NotFound if the whole
+        checkpoint has vanished meanwhile, which is no corruption.
+        """
+        images, end = [], 0
+        for file in manifest.files:
+            size = self._size(manifest, file)
+            if size != file.size:
+                raise CheckpointCorrupt(
+                    manifest.name, f"{file.name} has {size} bytes instead of {file.size}"
+                )
+            image = FileImage(file.name, fmt.next_image_offset(end), file.size)
+            images.append(image)
+            end = image.offset + image.size
+        return Layout(tuple(images), end)
+
+    def load_into(self, manifest: Manifest, layout: Layout, memory: memoryview) -> None:
+        """Read every file to its place, each part verified. CheckpointCorrupt names a bad part."""
+        where = {image.name: image for image in layout.images}
+
+        def load(file: FileEntry, index: int) -> None:
+            begin = index * file.part_bytes
+            end = min(file.size, begin + file.part_bytes)
+            offset = where[file.name].offset
+            part = memory[offset + begin : offset + end]
+            self.store.fetch(self._key(manifest, file), begin, part)
+            if sha256(part).hexdigest() != file.parts[index]:
+                raise CheckpointCorrupt(
+                    manifest.name, f"bytes {begin} to {end} of {file.name} are not those saved"
+                )
+
+        with ThreadPoolExecutor(_HASHING_THREADS, "verify") as pool:
+            parts = [(file, i) for file in manifest.files for i in range(len(file.parts))]
+            for future in [pool.submit(load, *part) for part in parts]:
+                future.result()
+
+    def verify(self, manifest: Manifest) -> None:
+        """Read everything and compare with the manifest, in the memory of one part at a time."""
+        for file in manifest.files:
+            if self._size(manifest, file) != file.size:
+                raise CheckpointCorrupt(manifest.name, f"{file.name} has another size")
+            buffer = memoryview(bytearray(min(file.part_bytes, file.size)))
+            for index, digest in enumerate(file.parts):
+                begin = index * file.part_bytes
+                part = buffer[: min(file.part_bytes, file.size - begin)]
+                self.store.fetch(self._key(manifest, file), begin, part)
+                if sha256(part).hexdigest() != digest:
+                    raise CheckpointCorrupt(
+                        manifest.name, f"part {index} of {file.name} is not the one saved"
+                    )
+
+    def digest(self, manifest: Manifest) -> str:
+        """The digest of the content, 64 hex digits, computed from verified bytes."""
+        layout = self.layout(manifest)
+        memory = memoryview(bytearray(layout.nbytes))
+        self.load_into(manifest, layout, memory)
+        return fmt.content_digest(
+            {
+                image.name: memory[image.offset : image.offset + image.size]
+                for image in layout.images
+            }
+        )
+
+    def _size(self, manifest: Manifest, file: FileEntry) -> int:
+        try:
+            return self.store.size(self._key(manifest, file))
+        except NotFound:
+            self.manifest(manifest.name)  # NotFound: deleted as a whole, manifest first
+            raise CheckpointCorrupt(manifest.name, f"{file.name} is missing") from None
+
+    def _key(self, manifest: Manifest, file: FileEntry) -> str:
+        return f"{self.run_id}/checkpoints/{manifest.name}/{file.name}"

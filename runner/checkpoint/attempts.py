@@ -1,0 +1,152 @@
+"""Who has the run: one record per attempt, and the fence that it is.
+
+    <run>/run.json                 the job as submitted, provenance, created at
+    <run>/attempts/000012.json     one life of the trainer: owner, node, start, end, outcome
+
+An attempt begins by creating its record if absent, so two supervisors never get the same number.
+Before every commit and every deletion a supervisor asks for the next number: if it exists and is
+another supervisor's, this one is stale and stops writing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import UTC, datetime
+from typing import Any
+
+from runner.errors import Fenced, NotFound, StoreError
+from runner.store import Store
+
+_MAX_RECORD_BYTES = 16 << 20
+
+
+def utc_now() -> str:
+    """The wall clock as ISO 8601 with microseconds: for people and reports, never for order."""
+    return datetime.now(UTC).isoformat()
+
+
+@dataclass(frozen=True)
+class AttemptRecord:
+    """One attempt as the store remembers it; the outcome is None until it has ended.
+
+    A record whose supervisor was killed keeps the last state that was written: what it began from
+    and the last checkpoint it committed. Times are ISO 8601 in UTC, durations seconds.
+    """
+
+    attempt: int
+    owner: str
+    node: str
+    started_at: str
+    resumed_from: str | None = None
+    start_step: int = 0
+    first_step_at: str | None = None
+    committed: str | None = None
+    saved_step: int | None = None
+    ended_at: str | None = None
+    end_step: int | None = None
+    outcome: str | None = None
+    cause: str | None = None
+    exit_code: int | None = None
+    notice_to_durable_seconds: float | None = None
+
+    def to_json(self) -> bytes:
+        return json.dumps(asdict(self), indent=1).encode() + b"\n"
+
+    @classmethod
+    def from_json(cls, data: bytes) -> AttemptRecord:
+        """Read a record; fields of later versions are passed over. StoreError if unreadable."""
+        try:
+            document = json.loads(data)
+            known = {field.name for field in fields(cls)}
+            return cls(**{key: value for key, value in document.items() if key in known})
+        except (ValueError, TypeError, AttributeError) as error:
+            raise StoreError(f"an attempt's record is unreadable: {error}") from error
+
+
+class Ledger:
+    """The attempts of one run, as one supervisor (`owner`) sees and extends them."""
+
+    def __init__(self, store: Store, run_id: str, owner: str) -> None:
+        self._store, self.run_id, self.owner = store, run_id, owner
+        self.record: AttemptRecord | None = None
+
+    def run(self) -> dict[str, Any] | None:
+        """`run.json`, or None if the run does not exist."""
+        try:
+            data = self._store.read(f"{self.run_id}/run.json", _MAX_RECORD_BYTES)
+            document = json.loads(data)
+        except NotFound:
+            return None
+        except ValueError as error:
+            raise StoreError(f"{self.run_id}/run.json is unreadable: {error}") from error
+        if not isinstance(document, dict):
+            raise StoreError(f"{self.run_id}/run.json is no JSON object")
+        return document
+
+    def begin(self, document: Mapping[str, Any]) -> bool:
+        """Create `run.json`; False if the run exists."""
+        return self._store.create(f"{self.run_id}/run.json", _dump(document))
+
+    def amend(self, document: Mapping[str, Any]) -> None:
+        """Put another `run.json` in place of the one there is."""
+        self._store.replace(f"{self.run_id}/run.json", _dump(document))
+
+    def records(self) -> list[AttemptRecord]:
+        """All attempts, oldest first. One that vanishes or is torn meanwhile is passed over."""
+        found = []
+        for number in self._numbers():
+            record = self._read(number)
+            if record is not None:
+                found.append(record)
+        return found
+
+    def latest(self) -> AttemptRecord | None:
+        """The newest attempt, whoever has it."""
+        numbers = self._numbers()
+        return self._read(numbers[-1]) if numbers else None
+
+    def claim(self, node: str) -> AttemptRecord:
+        """Begin the next attempt. Its number is this owner's alone."""
+        number = max(self._numbers(), default=0) + 1
+        while True:
+            record = AttemptRecord(number, self.owner, node, utc_now())
+            if self._store.create(self._key(number), record.to_json()):
+                self.record = record
+                return record
+            number += 1
+
+    def update(self, **changes: Any) -> AttemptRecord:
+        """Change the record of the attempt that was claimed last."""
+        if self.record is None:
+            raise StoreError("no attempt has been claimed")
+        self.record = replace(self.record, **changes)
+        self._store.replace(self._key(self.record.attempt), self.record.to_json())
+        return self.record
+
+    def check_fence(self) -> None:
+        """Fenced if a newer attempt is another supervisor's."""
+        if self.record is None:
+            return
+        newer = self._read(self.record.attempt + 1)
+        if newer is not None and newer.owner != self.owner:
+            raise Fenced(self.run_id, newer.attempt, newer.owner)
+
+    def _numbers(self) -> list[int]:
+        names = self._store.children(f"{self.run_id}/attempts")
+        digits = (name.removesuffix(".json") for name in names)
+        return sorted(int(text) for text in digits if text.isascii() and text.isdigit())
+
+    def _key(self, number: int) -> str:
+        return f"{self.run_id}/attempts/{number:06d}.json"
+
+    def _read(self, number: int) -> AttemptRecord | None:
+        try:
+            return AttemptRecord.from_json(self._store.read(self._key(number), _MAX_RECORD_BYTES))
+        except NotFound:
+            return None
+
+
+def _dump(document: Mapping[str, Any]) -> bytes:
+    return json.dumps(document, indent=1).encode() + b"\n"

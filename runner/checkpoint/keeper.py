@@ -1,0 +1,254 @@
+"""Between the spool and the store: persists slots, restores attempts, answers requests.
+
+One keeper serves one rank. The supervisor drives it on a thread of its own; a script without a
+supervisor has one inside it. Its methods are called one at a time and may take long.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from runner.checkpoint import format as fmt
+from runner.checkpoint.archive import Archive
+from runner.checkpoint.format import CheckpointName, FileImage
+from runner.checkpoint.manifest import Manifest, Moment, moment_from_json, moment_to_json
+from runner.checkpoint.persist import Persister
+from runner.checkpoint.restore import Loaded, load, load_newest
+from runner.errors import (
+    CheckpointError,
+    CheckpointInvalid,
+    NoValidCheckpoint,
+    RunnerError,
+    StoreError,
+)
+from runner.spool import Marker, RankSpool, open_slot, read_json, view_slot
+
+log = logging.getLogger(__name__)
+
+_NEVER = CheckpointName(-1, -1, -1)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A snapshot that became durable: what it is, and when (`CLOCK_MONOTONIC` seconds)."""
+
+    manifest: Manifest
+    persist_seconds: float
+    durable_at: float
+
+
+@dataclass(frozen=True)
+class Resumption:
+    """What an attempt begins from."""
+
+    moment: Moment
+    slot: int
+    source: str  # "slot": it was still on this node; "store": fetched and verified
+    seconds: float
+
+
+class Keeper:
+    """Keeps the checkpoints of one rank."""
+
+    def __init__(
+        self,
+        rank: RankSpool,
+        persister: Persister,
+        archive: Archive,
+        *,
+        best: tuple[str, str] | None = None,
+        prefer_healthy: bool = False,
+    ) -> None:
+        self._rank, self._persister, self._archive = rank, persister, archive
+        self._best, self._prefer_healthy = best, prefer_healthy
+        self._durable = _NEVER
+        self._restoring: int | None = None
+
+    # ------------------------------------------------------------------ restoring
+
+    def restore(self, go_back: int = 0) -> Resumption | None:
+        """Prepare what the next attempt begins from; None if the run is at its very start.
+
+        The newest of a complete slot on this node and the store wins; `go_back` passes over so
+        many checkpoints, and over all slots. Raises NoValidCheckpoint, StoreError or SpoolFull.
+        """
+        begun = time.monotonic()
+        self._rank.recover_claims()
+        stored = self._archive.names()
+        self._durable = stored[0] if stored else _NEVER
+        held = None if go_back else self._newest_slot(self._durable)
+        if held is not None:
+            marker, moment = held
+            source = "slot"
+        else:
+            loaded = self._from_store(go_back)
+            if loaded is None:
+                return None
+            marker, moment = loaded
+            source = "store"
+        self._restoring = marker.slot
+        self._rank.send("restore.json", asdict(marker))
+        return Resumption(moment, marker.slot, source, time.monotonic() - begun)
+
+    def restored(self) -> None:
+        """The trainer has its state: the slot that it came from may be used again."""
+        if self._restoring is not None:
+            self._rank.give_back(self._restoring, must=False)
+            self._restoring = None
+
+    def _newest_slot(self, stored: CheckpointName) -> tuple[Marker, Moment] | None:
+        """The newest complete slot, claimed, if it is at least as new as the store's newest."""
+        for found in reversed(self._rank.complete()):
+            if found.order < (stored.attempt, stored.save):
+                return None
+            marker = self._rank.claim(found.slot)
+            if marker is None:
+                continue
+            try:
+                moment, _, _ = self._read(marker)
+            except CheckpointError as error:
+                log.error("%s; it is not used", error)
+                self._rank.drop(marker.slot)
+                continue
+            if moment.healthy or not self._prefer_healthy:
+                return marker, moment
+            self._rank.give_back(marker.slot)
+            return None
+        return None
+
+    def _from_store(self, go_back: int) -> tuple[Marker, Moment] | None:
+        # Whatever is in the slots is older, or is what the run goes back from.
+        self._rank.forget()
+        loaded = load_newest(
+            self._archive,
+            self._persister.ledger,
+            lambda nbytes: memoryview(open_slot(self._rank.slot_path(0), nbytes)),
+            skip=go_back,
+            prefer_healthy=self._prefer_healthy,
+        )
+        if loaded is None:
+            return None
+        marker = _marker(0, loaded)
+        self._rank.hold(marker)
+        return marker, loaded.manifest.moment
+
+    # ------------------------------------------------------------------ persisting
+
+    def persist_due(self) -> list[Saved]:
+        """Persist every slot that must be, oldest first.
+
+        Raises Fenced, or StoreError with the slot given back, so that it may be tried again.
+        """
+        saved = []
+        for marker in self._rank.complete():
+            if marker.must:
+                one = self._persist(marker.slot, ())
+                if one is not None:
+                    saved.append(one)
+        return saved
+
+    def persist_newest(self, triggers: Sequence[str]) -> Saved | None:
+        """Persist the newest complete slot with these triggers added; None if it is durable."""
+        for marker in reversed(self._rank.complete()):
+            if not marker.must and marker.order <= (self._durable.attempt, self._durable.save):
+                return None
+            saved = self._persist(marker.slot, triggers)
+            if saved is not None:
+                return saved
+        return None
+
+    def _persist(self, slot: int, triggers: Sequence[str]) -> Saved | None:
+        begun = time.monotonic()
+        marker = self._rank.claim(slot)
+        if marker is None:
+            return None
+        try:
+            moment, images, memory = self._read(marker)
+        except CheckpointError as error:
+            log.error("%s; it is not persisted", error)
+            self._rank.drop(slot)
+            return None
+        moment = replace(moment, triggers=tuple(sorted({*moment.triggers, *triggers})))
+        try:
+            manifest = self._persister.persist(moment, images, memory, marker.facts)
+        except BaseException:
+            self._rank.give_back(slot, must=True)
+            raise
+        durable_at = time.monotonic()
+        self._durable = max(self._durable, moment.name)
+        self._rank.give_back(slot)
+        self._after_commit(manifest)
+        return Saved(manifest, durable_at - begun, durable_at)
+
+    def _after_commit(self, manifest: Manifest) -> None:
+        """What may fail without harm to the checkpoint that is durable by now."""
+        try:
+            self._persister.ledger.update(committed=manifest.name, saved_step=manifest.moment.step)
+            gone = self._persister.retain()
+        except StoreError as error:
+            log.warning("after saving %s: %s", manifest.name, error)
+        else:
+            for name in gone:
+                log.debug("deleted %s", name)
+
+    def _read(self, marker: Marker) -> tuple[Moment, list[FileImage], memoryview]:
+        """What a marker says, checked against the slot. CheckpointInvalid if it lies."""
+        where = f"slot-{marker.slot}"
+        try:
+            moment = moment_from_json(marker.moment)
+            images = [FileImage(i["name"], int(i["offset"]), int(i["size"])) for i in marker.images]
+            memory = view_slot(self._rank.slot_path(marker.slot))
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointInvalid(where, f"its marker is unusable: {error!s}") from error
+        except RunnerError as error:
+            raise CheckpointInvalid(where, str(error)) from error
+        fmt.check_images(images, len(memory), where)
+        for image in images:
+            if image.name.endswith(fmt.TENSOR_SUFFIX):
+                content = memory[image.offset : image.offset + image.size]
+                fmt.read_safetensors_header(content, f"{where}/{image.name}")
+        return moment, images, memory
+
+    # ------------------------------------------------------------------ requests
+
+    def answer(self) -> bool:
+        """Answer the trainer's request for a saved checkpoint, if there is one."""
+        request = self._rank.take("fetch.json")
+        if request is None:
+            return False
+        try:
+            reply = self._fetch(str(request.get("which")))
+        except RunnerError as error:
+            reply = {"error": str(error)}
+        self._rank.send("fetched.json", {"number": request.get("number"), **reply})
+        return True
+
+    def _fetch(self, which: str) -> Mapping[str, Any]:
+        self.persist_due()  # the one that is asked for may be on its way
+        metric, mode = self._best or (None, "min")
+        manifest = self._archive.find(which, metric, mode)
+        path = self._rank.folder / "fetched"
+        loaded = load(self._archive, manifest, lambda nbytes: memoryview(open_slot(path, nbytes)))
+        if loaded is None:
+            raise NoValidCheckpoint(f"{manifest.name} is not sound and was put into quarantine")
+        return asdict(_marker(0, loaded))
+
+
+def read_restore(rank: RankSpool) -> Marker | None:
+    """The trainer's side of `restore`: the slot to begin from, or None at the very start."""
+    content = read_json(rank.folder / "restore.json")
+    return None if content is None else Marker(**content)
+
+
+def _marker(slot: int, loaded: Loaded) -> Marker:
+    return Marker(
+        slot=slot,
+        must=False,
+        moment=moment_to_json(loaded.manifest.moment),
+        images=[asdict(image) for image in loaded.layout.images],
+        facts={},
+    )

@@ -1,0 +1,186 @@
+"""The manifest: what a checkpoint is, and the proof that its files are the ones that were saved.
+
+It is written last, so without it there is no checkpoint. It comes back from places where anybody
+may have written, so every field is checked before it is used, and nothing in it becomes a path or
+an allocation unchecked.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from runner.checkpoint import format as fmt
+from runner.errors import CheckpointInvalid
+
+VERSION = 1
+TRIGGERS = ("interval", "best", "preemption", "interrupt", "manual", "final")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file: size in bytes, bytes of a part, SHA-256 of each part, and the file's digest."""
+
+    name: str
+    size: int
+    part_bytes: int
+    parts: tuple[str, ...]
+    digest: str
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What a snapshot is of: the place in the run, why it was made, and what was measured there.
+
+    `metrics` are those logged for exactly this state. `productive_seconds` counts the steps that
+    led here over all attempts, without those that were lost. It crosses from the trainer to the
+    supervisor in a slot's marker and stands in the manifest as it is.
+    """
+
+    attempt: int
+    save: int
+    step: int
+    epoch: int
+    batch: int
+    batch_size: int | None = None
+    batches_per_epoch: int | None = None
+    triggers: tuple[str, ...] = ()
+    scope: str = "full"
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    healthy: bool = True
+    created_at: str = ""
+    productive_seconds: float = 0.0
+    snapshot_seconds: float = 0.0
+
+    @property
+    def name(self) -> fmt.CheckpointName:
+        return fmt.CheckpointName(self.attempt, self.save, self.step)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A committed checkpoint, as `manifest.json` describes it."""
+
+    run_id: str
+    moment: Moment
+    files: tuple[FileEntry, ...]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return str(self.moment.name)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(file.size for file in self.files)
+
+    def to_json(self) -> bytes:
+        document = {
+            "format": VERSION,
+            "run_id": self.run_id,
+            **moment_to_json(self.moment),
+            "files": [asdict(file) for file in self.files],
+            "provenance": self.provenance,
+        }
+        return json.dumps(document, indent=1, allow_nan=False).encode() + b"\n"
+
+    @classmethod
+    def from_json(cls, data: bytes, name: str) -> Manifest:
+        """Read and check. CheckpointInvalid names the first thing that is wrong."""
+        try:
+            document = json.loads(data)
+            if not isinstance(document, dict):
+                raise ValueError("it is no JSON object")
+            if document.get("format") != VERSION:
+                raise ValueError(
+                    f"it has format {document.get('format')!r}, this version reads {VERSION}"
+                )
+            manifest = cls(
+                run_id=_text(document, "run_id"),
+                moment=moment_from_json(document),
+                files=tuple(_file_from_json(entry) for entry in document["files"]),
+                provenance=dict(document.get("provenance") or {}),
+            )
+            names = [file.name for file in manifest.files]
+            if len(set(names)) != len(names) or fmt.STATE_FILE not in names:
+                raise ValueError(f"its files are not {fmt.STATE_FILE} and others, once each")
+            if manifest.name != name:
+                raise ValueError(f"it describes {manifest.name}")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise CheckpointInvalid(name, f"its manifest is unusable: {error!s}") from error
+        return manifest
+
+
+def moment_to_json(moment: Moment) -> dict[str, Any]:
+    """Plain JSON; metrics that are not finite become strings, which JSON can carry."""
+    return asdict(moment) | {
+        "triggers": list(moment.triggers),
+        "metrics": {
+            name: value if math.isfinite(value) else str(value)
+            for name, value in moment.metrics.items()
+        },
+    }
+
+
+def moment_from_json(document: Mapping[str, Any]) -> Moment:
+    """The inverse. ValueError, KeyError or TypeError where a field is missing or wrong."""
+    triggers = tuple(document["triggers"])
+    if not set(triggers) <= set(TRIGGERS):
+        raise ValueError(f"triggers {triggers}")
+    if document["scope"] not in ("full", "weights"):
+        raise ValueError(f"scope {document['scope']!r}")
+    metrics = {str(name): float(value) for name, value in dict(document["metrics"]).items()}
+    return Moment(
+        attempt=_count(document, "attempt"),
+        save=_count(document, "save"),
+        step=_count(document, "step"),
+        epoch=_count(document, "epoch"),
+        batch=_count(document, "batch"),
+        batch_size=_optional_count(document, "batch_size"),
+        batches_per_epoch=_optional_count(document, "batches_per_epoch"),
+        triggers=triggers,
+        scope=document["scope"],
+        metrics=metrics,
+        healthy=bool(document["healthy"]),
+        created_at=_text(document, "created_at"),
+        productive_seconds=float(document["productive_seconds"]),
+        snapshot_seconds=float(document["snapshot_seconds"]),
+    )
+
+
+def _file_from_json(entry: Mapping[str, Any]) -> FileEntry:
+    name, size, part_bytes = entry["name"], _count(entry, "size"), _count(entry, "part_bytes")
+    if not fmt.is_file_name(name):
+        raise ValueError(f"{name!r} is no plain file name")
+    parts = tuple(entry["parts"])
+    if part_bytes < 1 or len(parts) != max(1, -(-size // part_bytes)):
+        raise ValueError(f"{name} has {len(parts)} parts of {part_bytes} bytes for {size} bytes")
+    if not all(isinstance(part, str) and _SHA256.fullmatch(part) for part in parts):
+        raise ValueError(f"{name} has a part without a SHA-256")
+    digest = fmt.file_digest([bytes.fromhex(part) for part in parts])
+    if entry["digest"] != digest:
+        raise ValueError(f"the digest of {name} is not that of its parts")
+    return FileEntry(name, size, part_bytes, parts, digest)
+
+
+def _count(document: Mapping[str, Any], key: str) -> int:
+    value = document[key]
+    if type(value) is not int or not 0 <= value < 1 << 63:
+        raise ValueError(f"{key} is {value!r}")
+    return value
+
+
+def _optional_count(document: Mapping[str, Any], key: str) -> int | None:
+    return None if document.get(key) is None else _count(document, key)
+
+
+def _text(document: Mapping[str, Any], key: str) -> str:
+    value = document[key]
+    if not isinstance(value, str):
+        raise ValueError(f"{key} is {value!r}")
+    return value

@@ -1,0 +1,120 @@
+"""From a slot to a durable checkpoint: hash, write, commit, and only then let old ones go."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Any
+
+from runner.checkpoint import format as fmt
+from runner.checkpoint.archive import Archive
+from runner.checkpoint.attempts import Ledger
+from runner.checkpoint.format import FileImage
+from runner.checkpoint.manifest import FileEntry, Manifest, Moment
+from runner.checkpoint.retention import Keep, delete_checkpoint, pins, superfluous
+from runner.errors import NotFound, StoreError
+from runner.store import Staging, Store
+
+log = logging.getLogger(__name__)
+
+_HASHING_THREADS = 2
+
+
+@dataclass
+class Persister:
+    """Makes snapshots durable in one run, on behalf of the supervisor that owns the ledger.
+
+    `provenance` is asked at each save, because it is collected while the first step runs.
+    """
+
+    store: Store
+    ledger: Ledger
+    keep: Keep
+    provenance: Callable[[], Mapping[str, Any]] = dict
+
+    def persist(
+        self,
+        moment: Moment,
+        images: Sequence[FileImage],
+        slot: memoryview,
+        provenance: Mapping[str, Any] | None = None,
+    ) -> Manifest:
+        """Commit one snapshot. When this returns it is durable.
+
+        Raises Fenced if a newer attempt has the run, StoreError if the store refuses; nothing is
+        left behind then, and no earlier checkpoint was touched.
+        """
+        self.ledger.check_fence()
+        prefix = f"{self.ledger.run_id}/checkpoints/{moment.name}"
+        staging = self.store.stage(prefix, self.ledger.owner)
+        try:
+            files = _write_files(staging, images, slot)
+            facts = {**self.provenance(), **(provenance or {})}
+            manifest = Manifest(self.ledger.run_id, moment, files, facts)
+            self.ledger.check_fence()
+            staging.commit(fmt.MANIFEST_FILE, manifest.to_json())
+        except BaseException:
+            staging.abort()
+            raise
+        return manifest
+
+    def retain(self) -> list[str]:
+        """Delete what the policy no longer keeps; the names of what went."""
+        archive = Archive(self.store, self.ledger.run_id)
+        moments = [manifest.moment for manifest in archive.manifests()]
+        protected = pins(self.store, self.ledger.run_id)
+        newest = self.ledger.latest()
+        if newest is not None and newest.resumed_from is not None:
+            protected.add(newest.resumed_from)
+        gone = []
+        for moment in superfluous(moments, self.keep, protected):
+            delete_checkpoint(self.store, self.ledger, str(moment.name))
+            gone.append(str(moment.name))
+        return gone
+
+    def sweep(self) -> list[str]:
+        """Remove the unfinished saves of earlier attempts; those of this one are not touched."""
+        record = self.ledger.record
+        if record is None:
+            return []
+
+        def is_stale(name: str) -> bool:
+            staged = fmt.CheckpointName.parse(name)
+            return staged is not None and staged.attempt < record.attempt
+
+        try:
+            return self.store.sweep(f"{self.ledger.run_id}/checkpoints", is_stale)
+        except NotFound:
+            return []
+        except StoreError as error:
+            log.warning("remains of earlier saves could not be removed: %s", error)
+            return []
+
+
+def _write_files(
+    staging: Staging, images: Sequence[FileImage], slot: memoryview
+) -> tuple[FileEntry, ...]:
+    """Hash the parts on threads (hashlib releases the GIL) while they are written."""
+    entries = []
+    with ThreadPoolExecutor(_HASHING_THREADS, "hash") as pool:
+        for image in images:
+            part_bytes = fmt.part_bytes_for(image.size)
+            content = slot[image.offset : image.offset + image.size]
+            parts = [content[at : at + part_bytes] for at in range(0, image.size, part_bytes)]
+            parts = parts or [content]
+            hashes = [pool.submit(lambda part: sha256(part).digest(), part) for part in parts]
+            staging.write(image.name, parts)
+            digests = [future.result() for future in hashes]
+            entries.append(
+                FileEntry(
+                    image.name,
+                    image.size,
+                    part_bytes,
+                    tuple(digest.hex() for digest in digests),
+                    fmt.file_digest(digests),
+                )
+            )
+    return tuple(entries)

@@ -1,0 +1,91 @@
+"""Which checkpoint a run continues from, and bringing it, verified, into memory.
+
+The newest that is sound wins. A corrupt one is marked in `quarantine/` and the one before it is
+tried; a store that refuses or times out proves nothing and is an error. If the run has committed
+checkpoints and none of them verifies, that is an error too: it never starts anew in silence.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from runner.checkpoint.archive import Archive, Layout
+from runner.checkpoint.attempts import Ledger
+from runner.checkpoint.manifest import Manifest
+from runner.errors import CheckpointCorrupt, NotFound, NoValidCheckpoint
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A verified checkpoint in memory."""
+
+    manifest: Manifest
+    layout: Layout
+
+
+def load_newest(
+    archive: Archive,
+    ledger: Ledger,
+    allocate: Callable[[int], memoryview],
+    *,
+    skip: int = 0,
+    prefer_healthy: bool = False,
+) -> Loaded | None:
+    """Lay the newest sound checkpoint into memory that `allocate(nbytes)` gives.
+
+    `skip` goes back by so many sound ones (never past the oldest). None if the run has never
+    committed one. Raises NoValidCheckpoint, StoreError, or what `allocate` raises.
+    """
+    candidates = [m for m in _readable(archive) if m.moment.scope == "full"]
+    if prefer_healthy:
+        candidates.sort(key=lambda manifest: not manifest.moment.healthy)  # stable: still by age
+    candidates = candidates[min(skip, max(0, len(candidates) - 1)) :]
+    for manifest in candidates:
+        if not manifest.moment.healthy:
+            log.warning("%s holds metrics that are not finite", manifest.name)
+        loaded = load(archive, manifest, allocate)
+        if loaded is not None:
+            return loaded
+    committed = [record.committed for record in ledger.records() if record.committed]
+    if committed or archive.quarantined():
+        raise NoValidCheckpoint(
+            f"run {archive.run_id} has saved checkpoints (the last was "
+            f"{committed[-1] if committed else 'quarantined'}), and none of them is sound; look at "
+            f"{archive.store.url}/{archive.run_id}/quarantine, or start a new run with --new"
+        )
+    return None
+
+
+def load(
+    archive: Archive, manifest: Manifest, allocate: Callable[[int], memoryview]
+) -> Loaded | None:
+    """Lay this checkpoint into memory; None, and quarantine, if it is corrupt or has vanished."""
+    try:
+        layout = archive.layout(manifest)
+        archive.load_into(manifest, layout, allocate(layout.nbytes))
+    except CheckpointCorrupt as error:
+        log.error("%s; it goes into quarantine", error)
+        archive.quarantine(manifest.name, error.problem)
+        return None
+    except NotFound as error:
+        log.warning("%s has been deleted meanwhile (%s)", manifest.name, error)
+        return None
+    return Loaded(manifest, layout)
+
+
+def _readable(archive: Archive) -> list[Manifest]:
+    """Manifests newest first; one that cannot be read puts its checkpoint into quarantine."""
+    manifests = []
+    for name in archive.names():
+        try:
+            manifests.append(archive.manifest(str(name)))
+        except CheckpointCorrupt as error:
+            log.error("%s; it goes into quarantine", error)
+            archive.quarantine(str(name), error.problem)
+        except NotFound:
+            log.warning("%s has no manifest, so it is no checkpoint", name)
+    return manifests

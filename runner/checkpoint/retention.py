@@ -1,0 +1,68 @@
+"""What may be deleted: one pure policy, and the thin hand that carries it out.
+
+It runs after a commit, never before, so the newest checkpoint is already safe when the first old
+one goes. Whatever a rule keeps stays, whatever the other rules say.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from runner.checkpoint.attempts import Ledger
+from runner.checkpoint.format import MANIFEST_FILE
+from runner.checkpoint.manifest import Moment
+from runner.store import Store
+
+
+@dataclass(frozen=True)
+class Keep:
+    """The last N, the best K of a metric, and every M-th epoch's end."""
+
+    last: int = 3
+    best_metric: str | None = None
+    best_mode: str = "min"
+    best_count: int = 1
+    every_epochs: int | None = None
+
+
+def ranked(moments: Sequence[Moment], metric: str, mode: str) -> list[Moment]:
+    """Those that have the metric, best first; of equals the earlier one is the better."""
+    sign = 1.0 if mode == "min" else -1.0
+    scored = [m for m in moments if math.isfinite(m.metrics.get(metric, math.nan))]
+    return sorted(scored, key=lambda m: (sign * m.metrics[metric], m.attempt, m.save))
+
+
+def superfluous(
+    moments: Sequence[Moment], keep: Keep, protected: Collection[str] = ()
+) -> list[Moment]:
+    """What may go, oldest first. `protected` names stay: pinned, or restored from.
+
+    The newest healthy full checkpoint always stays, even behind N newer unhealthy ones.
+    """
+    newest_first = sorted(moments, key=lambda m: m.name, reverse=True)
+    kept = {m.name for m in newest_first[: keep.last]}
+    sound = [m for m in newest_first if m.healthy and m.scope == "full"]
+    kept.update(m.name for m in sound[:1])
+    if keep.best_metric is not None:
+        best = ranked(moments, keep.best_metric, keep.best_mode)
+        kept.update(m.name for m in best[: keep.best_count])
+    if keep.every_epochs is not None:
+        ends = [m for m in moments if m.batch == 0 and m.epoch > 0]
+        kept.update(m.name for m in ends if m.epoch % keep.every_epochs == 0)
+    kept.update(m.name for m in moments if str(m.name) in protected)
+    return [m for m in reversed(newest_first) if m.name not in kept]
+
+
+def delete_checkpoint(store: Store, ledger: Ledger, name: str) -> None:
+    """Delete one checkpoint, manifest first, unless a newer attempt has the run (Fenced)."""
+    ledger.check_fence()
+    prefix = f"{ledger.run_id}/checkpoints/{name}"
+    files = [file for file in store.children(prefix) if file != MANIFEST_FILE]
+    store.delete([f"{prefix}/{file}" for file in [MANIFEST_FILE, *files]])
+
+
+def pins(store: Store, run_id: str) -> set[str]:
+    """Names of the checkpoints that people have pinned: `pins/<name>`."""
+    return set(store.children(f"{run_id}/pins"))

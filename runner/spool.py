@@ -1,0 +1,427 @@
+"""The spool: the only thing that trainer and supervisor share, and all of their protocol.
+
+    <spool>/                     0700, on memory-backed storage
+      lock                       held by the supervisor for as long as it lives
+      plan.json                  what the trainer needs to know of the job
+      stop                       put there by `runner stop`
+      rank-00000/
+        lock                     held by the trainer that attached
+        board                    one mapped page: progress one way, requests the other
+        slot-0, slot-1           one snapshot each: the images of the checkpoint's files
+        slot-0.json              marker: the slot is complete, and this is what it holds
+        slot-0.claimed.json      the same, while the supervisor persists or restores from it
+        restore.json             the claimed slot that the next attempt begins from
+        fetch.json, fetched.json a request for a saved checkpoint, and the answer to it
+
+A rename hands a slot over. The trainer renames a marker into place when its copy has ended, the
+supervisor claims it by renaming it away, and gives it back or removes it. Before the trainer
+overwrites a slot it unlinks the marker; if that is gone, the slot is claimed and it takes another.
+A slot without a marker does not exist.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import mmap
+import os
+import re
+import shutil
+import stat
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from enum import IntEnum
+from pathlib import Path
+from typing import IO, Any
+
+from runner.errors import SpoolError, SpoolFull, SpoolTaken
+
+_BOARD_BYTES = 4096
+_MAGIC = 0x52554E4E4552_0001  # "RUNNER", version 1
+_MAX_JSON_BYTES = 64 << 20
+_PHASE_AT, _PHASE_BYTES = 2048, 64
+_SLOT_MARKER = re.compile(r"slot-([0-9])\.json")
+
+
+class Request(IntEnum):
+    """What the supervisor asks of the trainer at its next boundary."""
+
+    NONE = 0
+    SAVE = 1
+    SAVE_AND_STOP = 2
+
+
+class Why(IntEnum):
+    """The trigger of a requested save."""
+
+    INTERVAL = 0
+    PREEMPTION = 1
+    INTERRUPT = 2
+    MANUAL = 3
+
+    @property
+    def trigger(self) -> str:
+        return self.name.lower()
+
+
+class _Word:
+    """One aligned 8-byte field of the board: a plain memory access, so it is never seen torn."""
+
+    def __init__(self, index: int) -> None:
+        self._index = index
+
+    def __get__(self, board: Board, owner: type) -> int:
+        return board.words[self._index]
+
+    def __set__(self, board: Board, value: int) -> None:
+        board.words[self._index] = value
+
+
+class Board:
+    """The mapped page. Times are `CLOCK_MONOTONIC` in nanoseconds, 0 is never.
+
+    The first block is written by the trainer alone, the second by the supervisor alone.
+    """
+
+    pid = _Word(2)
+    step = _Word(3)
+    epoch = _Word(4)
+    batch = _Word(5)
+    heartbeat_ns = _Word(6)
+    progress = _Word(7)  # counts boundaries and signs of life: hang detection looks at this
+    restored = _Word(8)  # 1 when the state is in place and the slot it came from may be used again
+    answered = _Word(9)  # the number of the last request that was obeyed
+    first_step_ns = _Word(10)  # when this attempt finished its first step
+    productive_us = _Word(11)  # microseconds of steps since the attempt began
+    held = _Word(12)  # 1 while the trainer waits at the boundary named by `hold_at_step`
+    epochs = _Word(13)  # of the whole run, 0 where the script has no epochs
+    finished = _Word(14)  # 1 after the run's last boundary
+
+    request_number = _Word(64)
+    request_kind = _Word(65)
+    request_why = _Word(66)
+    deadline_ns = _Word(67)
+    supervisor_pid = _Word(68)
+    supervisor_ns = _Word(69)
+    persisted_step = _Word(70)  # newest durable step, plus one; 0 is none
+
+    def __init__(self, path: Path) -> None:
+        with path.open("r+b") as file:
+            if os.fstat(file.fileno()).st_size != _BOARD_BYTES:
+                raise SpoolError(f"{path} is no board")
+            self._map = mmap.mmap(file.fileno(), _BOARD_BYTES)
+        self.words = memoryview(self._map).cast("Q")
+        if self.words[0] != _MAGIC:
+            raise SpoolError(f"{path} is no board of this version")
+
+    @classmethod
+    def create(cls, path: Path) -> Board:
+        """A new, empty board in the place of whatever was there.
+
+        A process that still has the old one mapped writes into nothing.
+        """
+        content = _MAGIC.to_bytes(8, "little") + bytes(_BOARD_BYTES - 8)
+        _replace(path, content)
+        return cls(path)
+
+    def ask(self, kind: Request, why: Why, deadline_ns: int = 0) -> int:
+        """Ask the trainer for something; the number of the request. Its number is written last."""
+        self.request_kind, self.request_why, self.deadline_ns = int(kind), int(why), deadline_ns
+        self.request_number += 1
+        return self.request_number
+
+    @property
+    def phase(self) -> str:
+        """What the loop is doing, in a word."""
+        raw = bytes(self._map[_PHASE_AT : _PHASE_AT + _PHASE_BYTES])
+        return raw.split(b"\0", 1)[0].decode("utf-8", "replace")
+
+    @phase.setter
+    def phase(self, name: str) -> None:
+        raw = name.encode()[: _PHASE_BYTES - 1]
+        self._map[_PHASE_AT : _PHASE_AT + _PHASE_BYTES] = raw.ljust(_PHASE_BYTES, b"\0")
+
+
+@dataclass(frozen=True)
+class Marker:
+    """A complete slot: a moment of the run (plain JSON, see `manifest.Moment`) and its images.
+
+    `must` says that it is to be persisted whatever comes after it.
+    """
+
+    slot: int
+    must: bool
+    moment: Mapping[str, Any]
+    images: Sequence[Mapping[str, Any]]
+    facts: Mapping[str, Any]
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Newest is highest."""
+        return int(self.moment["attempt"]), int(self.moment["save"])
+
+
+class RankSpool:
+    """The part of the spool that belongs to one rank. Both sides use it, each its own verbs."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def slot_path(self, slot: int) -> Path:
+        return self.folder / f"slot-{slot}"
+
+    # ------------------------------------------------------------------ the trainer's side
+
+    def lock(self) -> IO[bytes]:
+        """Take the rank for this process. SpoolTaken if another one has attached."""
+        return _locked(self.folder / "lock") or _raise(
+            SpoolTaken(
+                f"another process has attached to {self.folder}; a script that is started by a "
+                "training script must run with RUNNER_SPOOL unset"
+            )
+        )
+
+    def publish(self, marker: Marker) -> None:
+        """Hand a slot over: from now on it is complete."""
+        _replace(self.folder / f"slot-{marker.slot}.json", _dump(asdict(marker)))
+
+    def withdraw(self, slot: int) -> bool:
+        """Take a slot's marker back before overwriting it; False if there was none to take."""
+        try:
+            (self.folder / f"slot-{slot}.json").unlink()
+        except FileNotFoundError:
+            return False
+        return True
+
+    def is_claimed(self, slot: int) -> bool:
+        return (self.folder / f"slot-{slot}.claimed.json").exists()
+
+    # ------------------------------------------------------------------ the supervisor's side
+
+    def prepare(self) -> Board:
+        """Begin an attempt: a new board, no leftovers but complete slots."""
+        self.folder.mkdir(mode=0o700, exist_ok=True)
+        for name in ("restore.json", "fetch.json", "fetched.json"):
+            (self.folder / name).unlink(missing_ok=True)
+        return Board.create(self.folder / "board")
+
+    def complete(self) -> list[Marker]:
+        """Markers of all complete slots that nobody has claimed, oldest first."""
+        markers = []
+        for path in self.folder.glob("slot-?.json"):
+            match = _SLOT_MARKER.fullmatch(path.name)
+            marker = read_marker(path) if match else None
+            if match and marker is not None and marker.slot == int(match.group(1)):
+                markers.append(marker)
+        return sorted(markers, key=lambda marker: marker.order)
+
+    def claim(self, slot: int) -> Marker | None:
+        """Take a complete slot, so that it is not overwritten; None if it was just withdrawn."""
+        claimed = self.folder / f"slot-{slot}.claimed.json"
+        try:
+            (self.folder / f"slot-{slot}.json").rename(claimed)
+        except FileNotFoundError:
+            return None
+        marker = read_marker(claimed)
+        if marker is None:
+            claimed.unlink(missing_ok=True)
+        return marker
+
+    def give_back(self, slot: int, *, must: bool = False) -> None:
+        """End a claim: the slot is complete again; `must` says whether it is still to be persisted.
+
+        If memory is so short that not even the marker can be written, the slot stays as it was.
+        """
+        claimed = self.folder / f"slot-{slot}.claimed.json"
+        marker = read_marker(claimed)
+        if marker is None:
+            claimed.unlink(missing_ok=True)
+            return
+        if marker.must != must:
+            _replace(claimed, _dump(asdict(marker) | {"must": must}))
+        claimed.rename(self.folder / f"slot-{slot}.json")
+
+    def hold(self, marker: Marker) -> None:
+        """Make a slot that the supervisor has filled complete, and claimed from the start."""
+        _replace(self.folder / f"slot-{marker.slot}.claimed.json", _dump(asdict(marker)))
+
+    def forget(self) -> None:
+        """Give up every complete slot: what they hold is not to be continued from."""
+        for marker in self.complete():
+            self.withdraw(marker.slot)
+
+    def drop(self, slot: int) -> None:
+        """End a claim: the slot is free."""
+        (self.folder / f"slot-{slot}.claimed.json").unlink(missing_ok=True)
+
+    def recover_claims(self) -> None:
+        """Give back what a supervisor that is dead by now had claimed."""
+        for path in self.folder.glob("slot-?.claimed.json"):
+            marker = read_marker(path)
+            self.give_back(int(path.name[5]), must=marker is not None and marker.must)
+
+    # ------------------------------------------------------------------ messages
+
+    def send(self, name: str, content: Mapping[str, Any]) -> None:
+        """Leave a message: a small JSON file that appears all at once."""
+        _replace(self.folder / name, _dump(content))
+
+    def take(self, name: str) -> dict[str, Any] | None:
+        """Read a message and remove it."""
+        message = read_json(self.folder / name)
+        if message is not None:
+            (self.folder / name).unlink(missing_ok=True)
+        return message
+
+
+class Spool:
+    """The whole spool of one run on this node, as the supervisor has it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock: IO[bytes] | None = None
+
+    @property
+    def rank(self) -> RankSpool:
+        return RankSpool(self.path / "rank-00000")
+
+    def open(self) -> None:
+        """Create it or take over what is there. SpoolTaken if a living supervisor has it."""
+        try:
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            status = self.path.lstat()
+        except OSError as error:
+            raise SpoolError(f"{self.path} cannot be made: {error.strerror}") from error
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+            raise SpoolError(f"{self.path} belongs to somebody else; remove it or set RUNNER_HOME")
+        self.path.chmod(0o700)
+        self._lock = _locked(self.path / "lock") or _raise(
+            SpoolTaken(f"{self.path} is in use by another supervisor on this host")
+        )
+        self.rank.folder.mkdir(mode=0o700, exist_ok=True)
+
+    def remove(self) -> None:
+        """Delete it with everything in it."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        self.close()
+
+    def close(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+
+def spool_path(run_id: str, store_url: str, root: str | None = None) -> Path:
+    """Where the spool of a run is on this node: the same for each of its supervisors.
+
+    `root` is memory-backed; the default is /dev/shm, and the temporary folder where there is none.
+    """
+    if root is None:
+        shared_memory = Path("/dev/shm")
+        usable = shared_memory.is_dir() and os.access(shared_memory, os.W_OK)
+        root = str(shared_memory) if usable else tempfile.gettempdir()
+    where = hashlib.sha256(store_url.encode()).hexdigest()[:8]
+    return Path(root) / f"runner-{os.geteuid()}-{run_id}-{where}"
+
+
+# ---------------------------------------------------------------------------- slots
+
+
+def open_slot(path: Path, nbytes: int) -> mmap.mmap:
+    """Map a slot of at least `nbytes`, its memory reserved before it is used.
+
+    Without the reservation a tmpfs that is full answers a store into the mapping with SIGBUS.
+    Raises SpoolFull if there is no room; a slot that was there keeps its content then.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        size = max(os.fstat(descriptor).st_size, nbytes, 1)
+        try:
+            os.posix_fallocate(descriptor, 0, size)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT, errno.EFBIG):
+                raise
+            raise SpoolFull(
+                f"{path.parent} has no room for a slot of {nbytes / 1e6:.1f} MB"
+            ) from error
+        return mmap.mmap(descriptor, size)
+    finally:
+        os.close(descriptor)
+
+
+def view_slot(path: Path) -> memoryview:
+    """Map a slot for reading. SpoolError if it is not there or is empty."""
+    try:
+        with path.open("rb") as file:
+            return memoryview(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ))
+    except (OSError, ValueError) as error:
+        raise SpoolError(f"{path} cannot be read: {error}") from error
+
+
+# ---------------------------------------------------------------------------- small files
+
+
+def read_marker(path: Path) -> Marker | None:
+    """A marker, or None if it is gone or is not one."""
+    content = read_json(path)
+    if content is None:
+        return None
+    try:
+        marker = Marker(
+            slot=int(content["slot"]),
+            must=bool(content["must"]),
+            moment=dict(content["moment"]),
+            images=list(content["images"]),
+            facts=dict(content["facts"]),
+        )
+        _ = marker.order
+    except (KeyError, TypeError, ValueError):
+        return None
+    return marker
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A small JSON object, or None if there is none."""
+    try:
+        with path.open("rb") as file:
+            content = json.loads(file.read(_MAX_JSON_BYTES))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _dump(content: Mapping[str, Any]) -> bytes:
+    return json.dumps(content, allow_nan=False).encode()
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Put a whole file in place at once. It lives no longer than the node: no fsync."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise SpoolFull(f"{path.parent} is full") from error
+        raise SpoolError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def _locked(path: Path) -> IO[bytes] | None:
+    """The file, locked for as long as it is open; None if another process has the lock."""
+    file = path.open("ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        return None
+    return file
+
+
+def _raise(error: SpoolError) -> IO[bytes]:
+    raise error

@@ -1,0 +1,184 @@
+"""A store in a directory, safe against a kill or a power cut at any instant.
+
+    <root>/<run>/checkpoints/step-…/       committed: complete, never changed again
+    <root>/<run>/checkpoints/.tmp-step-…/  a save in progress, or the remains of one
+
+The rename is the commit. Durable means fsync of the file and of its directory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+from runner.errors import NotFound, StoreError
+
+_TEMPORARY = ".tmp-"
+
+
+class DirectoryStore:
+    """A `Store` in a directory of a local or network file system."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.url = str(root)
+
+    def read(self, key: str, limit: int) -> bytes:
+        with self._errors(key), self._path(key).open("rb") as file:
+            data = file.read(limit + 1)
+        if len(data) > limit:
+            raise StoreError(f"{key} is larger than {limit} bytes")
+        return data
+
+    def size(self, key: str) -> int:
+        with self._errors(key):
+            return self._path(key).stat().st_size
+
+    def fetch(self, key: str, offset: int, into: memoryview) -> None:
+        with self._errors(key), self._path(key).open("rb", buffering=0) as file:
+            file.seek(offset)
+            done = 0
+            while done < len(into):
+                count = file.readinto(into[done:])
+                if not count:
+                    raise StoreError(f"{key} ends at {offset + done} bytes")
+                done += count
+
+    def create(self, key: str, data: bytes) -> bool:
+        path = self._path(key)
+        with self._errors(key), self._temporary(path, data) as temporary:
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                return False
+            _fsync_directory(path.parent)
+        return True
+
+    def replace(self, key: str, data: bytes) -> None:
+        path = self._path(key)
+        with self._errors(key), self._temporary(path, data) as temporary:
+            temporary.replace(path)
+            _fsync_directory(path.parent)
+
+    def children(self, prefix: str) -> list[str]:
+        with self._errors(prefix):
+            try:
+                names = [path.name for path in self._path(prefix).iterdir()]
+            except FileNotFoundError:
+                return []
+        return sorted(name for name in names if not name.startswith(_TEMPORARY))
+
+    def delete(self, keys: Sequence[str]) -> None:
+        for key in keys:
+            path = self._path(key)
+            with self._errors(key):
+                path.unlink(missing_ok=True)
+                # A directory store has no empty prefixes, as S3 has none.
+                with contextlib.suppress(OSError):
+                    path.parent.rmdir()
+
+    def stage(self, prefix: str, owner: str) -> StagedDirectory:
+        final = self._path(prefix)
+        staged = final.with_name(f"{_TEMPORARY}{final.name}-{owner}")
+        with self._errors(prefix):
+            _make_directories(staged.parent)
+            staged.mkdir()
+        return StagedDirectory(staged, final)
+
+    def sweep(self, prefix: str, is_stale: Callable[[str], bool]) -> list[str]:
+        removed = []
+        with self._errors(prefix):
+            for path in self._path(prefix).glob(f"{_TEMPORARY}*"):
+                name, _, _ = path.name.removeprefix(_TEMPORARY).rpartition("-")
+                if is_stale(name):
+                    shutil.rmtree(path, ignore_errors=True)
+                    removed.append(path.name)
+        return removed
+
+    def _path(self, key: str) -> Path:
+        parts = key.split("/")
+        if not key or any(part in ("", ".", "..") or "\0" in part for part in parts):
+            raise StoreError(f"{key!r} is no key")
+        return self.root.joinpath(*parts)
+
+    @contextlib.contextmanager
+    def _errors(self, key: str) -> Iterator[None]:
+        try:
+            yield
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise NotFound(f"{self.url}/{key}") from error
+        except OSError as error:
+            raise StoreError(f"{self.url}/{key}: {error.strerror or error}") from error
+
+    @contextlib.contextmanager
+    def _temporary(self, path: Path, data: bytes) -> Iterator[Path]:
+        """A durable file with this content beside `path`; gone afterwards."""
+        _make_directories(path.parent)
+        temporary = path.with_name(f"{_TEMPORARY}{path.name}-{secrets.token_hex(8)}")
+        try:
+            _write_durably(temporary, [memoryview(data)])
+            yield temporary
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+class StagedDirectory:
+    """A checkpoint in a directory of its own that is renamed into place."""
+
+    def __init__(self, staged: Path, final: Path) -> None:
+        self._staged, self._final = staged, final
+
+    def write(self, name: str, parts: Iterable[memoryview]) -> None:
+        if name in (".", "..") or "/" in name or "\0" in name:
+            raise StoreError(f"{name!r} is no plain file name")
+        try:
+            _write_durably(self._staged / name, parts)
+        except OSError as error:
+            raise StoreError(f"{self._final}/{name}: {error.strerror or error}") from error
+
+    def commit(self, name: str, manifest: bytes) -> None:
+        self.write(name, [memoryview(manifest)])
+        try:
+            _fsync_directory(self._staged)
+            os.rename(self._staged, self._final)  # noqa: PTH104 - never over a full directory
+            _fsync_directory(self._final.parent)
+        except OSError as error:
+            raise StoreError(f"{self._final}: {error.strerror or error}") from error
+
+    def abort(self) -> None:
+        shutil.rmtree(self._staged, ignore_errors=True)
+
+
+def _write_durably(path: Path, parts: Iterable[memoryview]) -> None:
+    with path.open("xb", buffering=0) as file:
+        for part in parts:
+            done = 0
+            while done < len(part):
+                done += file.write(part[done:])
+        os.fsync(file.fileno())
+
+
+def _make_directories(path: Path) -> None:
+    """`mkdir -p` whose new entries survive a power cut."""
+    if path.is_dir():
+        return
+    _make_directories(path.parent)
+    with contextlib.suppress(FileExistsError):
+        path.mkdir()
+    _fsync_directory(path.parent)
+
+
+def _fsync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems
+            raise
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,338 @@
+"""Objects ⇄ state: what each kind of object keeps, and how it is put back exactly as it was.
+
+A component is anything registered with `attach`. `capture` gives a value of plain Python and live
+tensors; `restore` takes the value back. Modules keep their names through `torch.compile` and DDP;
+optimizers keep the names of their parameters, so that moments never meet another weight.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from runner.errors import RestoreError, UnknownName
+from runner.training.rng import capture_rng, generator_state, restore_rng, set_generator_state
+from runner.training.tensors import TensorSink, TensorSource
+from runner.training.tree import Decoder, Encoder, Json
+
+STATE_VERSION = 1
+_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+
+
+class Component(Protocol):
+    """One registered object."""
+
+    views: bool
+    """Whether `restore` copies out of the tensors it is given, so that views are enough."""
+
+    def encode(self, encoder: Encoder) -> Json:
+        """The state as JSON; its tensors go to the encoder, live and not copied."""
+
+    def restore(self, value: Any, *, final: bool) -> None:
+        """Put a state back. RestoreError before anything is changed if it does not fit.
+
+        `final` is False at `attach`, and True when the loop has come back to the saved place.
+        """
+
+    def load(self, value: Any) -> None:
+        """Put only the values back, as `run.load` wants it: no flags, nothing added."""
+
+
+class Parameters:
+    """The parameters of all registered modules: `model.encoder.weight` ⇄ the object."""
+
+    def __init__(self) -> None:
+        self.modules: list[ModuleComponent] = []
+
+    def named(self) -> dict[str, nn.Parameter]:
+        """Every parameter under each of its names."""
+        return {
+            f"{component.name}.{name}": parameter
+            for component in self.modules
+            for name, parameter in component.parameters()
+        }
+
+    def names(self) -> dict[int, str]:
+        """The first name of every parameter, by `id`."""
+        names: dict[int, str] = {}
+        for name, parameter in self.named().items():
+            names.setdefault(id(parameter), name)
+        return names
+
+
+def component_for(name: str, target: Any, parameters: Parameters) -> Component:
+    """The component for an object. TypeError if it is none that can be saved."""
+    if isinstance(target, nn.Module):
+        module = ModuleComponent(name, target)
+        parameters.modules.append(module)
+        return module
+    if isinstance(target, torch.optim.Optimizer):
+        return OptimizerComponent(name, target, parameters)
+    if isinstance(target, _GENERATORS):
+        return GeneratorComponent(name, target)
+    if callable(getattr(target, "state_dict", None)) and callable(
+        getattr(target, "load_state_dict", None)
+    ):
+        return ObjectComponent(name, target)
+    raise TypeError(
+        f"attach({name}=…) got a {type(target).__qualname__}: it has no state_dict() and "
+        "load_state_dict(), and is no random generator; plain values belong into run.state"
+    )
+
+
+class ModuleComponent:
+    """A torch module: parameters, persistent buffers, what is frozen, what is in eval mode."""
+
+    views = True
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        self.name, self.module = name, module
+        self._canonical_names: dict[str, str] = {}
+
+    def encode(self, encoder: Encoder) -> Json:
+        saved = {self._canonical(key): value for key, value in self.module.state_dict().items()}
+        frozen = [name for name, p in self.parameters() if not p.requires_grad]
+        in_eval = [self._canonical(n) for n, m in self.module.named_modules() if not m.training]
+        return {"state": encoder.encode(saved, self.name), "frozen": frozen, "eval": in_eval}
+
+    def restore(self, value: Any, *, final: bool) -> None:
+        self.load(value)
+        frozen, in_eval = set(value["frozen"]), set(value["eval"])
+        for name, parameter in self.parameters():
+            if parameter.requires_grad == (name in frozen):
+                parameter.requires_grad_(name not in frozen)
+        for name, module in self.module.named_modules():
+            module.training = self._canonical(name) not in in_eval
+
+    def load(self, value: Any) -> None:
+        saved, live = value["state"], self.module.state_dict()
+        by_name = {self._canonical(key): key for key in live}
+        missing = [name for name in by_name if name not in saved]
+        extra = [name for name in saved if name not in by_name]
+        if missing or extra:
+            which = f"{missing[0]!r} is not in it" if missing else f"only it has {extra[0]!r}"
+            raise RestoreError(f"{self.name} does not fit the checkpoint: {which}")
+        for name, key in by_name.items():
+            self._check(name, saved[name], live[key])
+            live[key] = saved[name]
+        self.module.load_state_dict(live)
+
+    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Every parameter with its name, a tied one under each of its names."""
+        for name, parameter in self.module.named_parameters(remove_duplicate=False):
+            yield self._canonical(name), parameter
+
+    def _check(self, name: str, saved: Any, live: Any) -> None:
+        if not isinstance(live, torch.Tensor):
+            return
+        if not isinstance(saved, torch.Tensor):
+            raise RestoreError(f"{self.name}.{name} was no tensor when it was saved")
+        if saved.shape != live.shape or saved.dtype != live.dtype:
+            raise RestoreError(
+                f"{self.name}.{name} was saved as {saved.dtype} {list(saved.shape)} "
+                f"and is {live.dtype} {list(live.shape)} now"
+            )
+
+    def _canonical(self, key: str) -> str:
+        """A name without the layers that torch.compile and DDP put around a module."""
+        known = self._canonical_names.get(key)
+        if known is None:
+            kept: list[str] = []
+            module: nn.Module | None = self.module
+            for part in key.split(".") if key else []:
+                if module is None or part != _wrapped_attribute(module):
+                    kept.append(part)
+                module = module._modules.get(part) if module is not None else None
+            known = self._canonical_names[key] = ".".join(kept)
+        return known
+
+
+def _wrapped_attribute(module: nn.Module) -> str | None:
+    """The attribute under which a wrapper holds the module that the user means.
+
+    By type, not by name: `AveragedModel` has a `module` by nature, and it stays in the names.
+    """
+    if isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        return "module"
+    # OptimizedModule is what torch.compile returns; importing it would load the whole compiler.
+    return "_orig_mod" if type(module).__name__ == "OptimizedModule" else None
+
+
+class OptimizerComponent:
+    """A torch optimizer, with the names of its parameters in their order."""
+
+    views = False
+
+    def __init__(self, name: str, optimizer: torch.optim.Optimizer, parameters: Parameters) -> None:
+        self._name, self._optimizer, self._registered = name, optimizer, parameters
+
+    def encode(self, encoder: Encoder) -> Json:
+        saved = dict(self._optimizer.state_dict()) | {"parameters": self._parameters()}
+        return _encode_fields(encoder, self._name, saved)
+
+    def restore(self, value: Any, *, final: bool) -> None:
+        if len(self._optimizer.param_groups) < len(value["parameters"]):
+            if not final:
+                return  # the script may add the group itself on its way to the saved place
+            self._add_groups(value)
+        self.load(value)
+
+    def load(self, value: Any) -> None:
+        self._check_parameters(value["parameters"])
+        saved = {key: content for key, content in value.items() if key != "parameters"}
+        self._optimizer.load_state_dict(saved)
+        self._keep_dtypes(saved["state"])
+
+    def _parameters(self) -> list[list[str]]:
+        names = self._registered.names()
+        return [
+            [names.get(id(p), f"unnamed {list(p.shape)}") for p in group["params"]]
+            for group in self._optimizer.param_groups
+        ]
+
+    def _check_parameters(self, saved: list[list[str]]) -> None:
+        live = self._parameters()
+        if len(saved) != len(live):
+            raise RestoreError(
+                f"{self._name} had {len(saved)} parameter groups and has {len(live)} now"
+            )
+        for group, (before, now) in enumerate(zip(saved, live, strict=True)):
+            where = f"{self._name}.param_groups[{group}]"
+            if len(before) != len(now):
+                raise RestoreError(f"{where} had {len(before)} parameters and has {len(now)} now")
+            for index, (one, other) in enumerate(zip(before, now, strict=True)):
+                if one != other:
+                    raise RestoreError(
+                        f"{where}['params'][{index}] was {one} and is {other} now: "
+                        "its state would meet another parameter"
+                    )
+
+    def _add_groups(self, value: Any) -> None:
+        """Add the groups that the saved optimizer got on its way, by their parameters' names."""
+        registered = self._registered.named()
+        for group in range(len(self._optimizer.param_groups), len(value["parameters"])):
+            names = value["parameters"][group]
+            unknown = [name for name in names if name not in registered]
+            if unknown:
+                raise RestoreError(
+                    f"{self._name}.param_groups[{group}] was added while the run went on, and "
+                    f"{unknown[0]} belongs to no registered module"
+                )
+            options = {k: v for k, v in value["param_groups"][group].items() if k != "params"}
+            params = [registered[name] for name in names]
+            self._optimizer.add_param_group({"params": params, **options})
+
+    def _keep_dtypes(self, saved: Mapping[int, Any]) -> None:
+        """`Optimizer.load_state_dict` casts state to the parameter's dtype: undo it where it did.
+
+        Source: `_process_value_according_to_param_policy` in torch/optim/optimizer.py.
+        """
+        parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
+        for index, entries in saved.items():
+            live = self._optimizer.state[parameters[index]]
+            for key, value in entries.items() if isinstance(entries, dict) else ():
+                if isinstance(value, torch.Tensor) and live[key].dtype != value.dtype:
+                    live[key] = value.to(live[key].device)
+
+
+class GeneratorComponent:
+    """A random generator of the script's own."""
+
+    views = False
+
+    def __init__(self, name: str, generator: Any) -> None:
+        self._name, self._generator = name, generator
+
+    def encode(self, encoder: Encoder) -> Json:
+        return _encode_fields(encoder, self._name, generator_state(self._generator))
+
+    def restore(self, value: Any, *, final: bool) -> None:
+        self.load(value)
+
+    def load(self, value: Any) -> None:
+        set_generator_state(self._generator, value)
+
+
+class ObjectComponent:
+    """Anything with `state_dict` and `load_state_dict`: schedulers, scalers, a user's own class."""
+
+    views = False
+
+    def __init__(self, name: str, target: Any) -> None:
+        self._name, self._target = name, target
+
+    def encode(self, encoder: Encoder) -> Json:
+        return _encode_fields(encoder, self._name, self._target.state_dict())
+
+    def restore(self, value: Any, *, final: bool) -> None:
+        self.load(value)
+
+    def load(self, value: Any) -> None:
+        self._target.load_state_dict(value)
+
+
+class TrainingState:
+    """Everything that a run has to remember: the components, the script's values, all RNGs."""
+
+    def __init__(self, stateful: Mapping[str, Any], values: dict[Any, Any]) -> None:
+        parameters = Parameters()
+        self.values = values
+        self.components = {
+            name: component_for(name, target, parameters) for name, target in stateful.items()
+        }
+
+    def encode(self, progress: Mapping[str, Any]) -> tuple[dict[str, Json], TensorSink]:
+        """The content of `state.json`, and the live tensors that go beside it.
+
+        CaptureError names the path of the first value that cannot be saved.
+        """
+        sink = TensorSink()
+        encoder = Encoder(sink.add)
+        components = {name: part.encode(encoder) for name, part in self.components.items()}
+        document = {
+            "version": STATE_VERSION,
+            "components": components,
+            "state": encoder.encode(self.values, "state"),
+            "progress": encoder.encode(dict(progress), "progress"),
+            "rng": encoder.encode(capture_rng(), "rng"),
+        }
+        return document, sink
+
+    def restore(self, document: Mapping[str, Any], source: TensorSource, *, final: bool) -> None:
+        """Put everything but the progress in place. RestoreError if it does not fit."""
+        saved = document["components"]
+        odd = sorted(set(saved) ^ set(self.components))
+        if odd:
+            where = "the checkpoint, not in" if odd[0] in saved else "no checkpoint, only in"
+            raise RestoreError(f"component {odd[0]!r} is in {where} attach(…) of this script")
+        for name, part in self.components.items():
+            part.restore(_decoder(part, source).decode(saved[name]), final=final)
+        values = Decoder(source.own).decode(document["state"])
+        self.values.clear()
+        self.values.update(values)
+        restore_rng(Decoder(source.own).decode(document["rng"]))
+
+    def load(self, document: Mapping[str, Any], source: TensorSource, names: list[str]) -> None:
+        """Put the saved values of some components into the live objects."""
+        for name in names:
+            if name not in self.components or name not in document["components"]:
+                raise UnknownName("component", name, list(document["components"]))
+        for name in names:
+            part = self.components[name]
+            part.load(_decoder(part, source).decode(document["components"][name]))
+
+
+def _decoder(part: Component, source: TensorSource) -> Decoder:
+    return Decoder(source.view if part.views else source.own)
+
+
+def _encode_fields(encoder: Encoder, name: str, value: Any) -> Json:
+    """Encode with paths as one would write them: `optimizer.state[0]`, not `optimizer['state']`."""
+    if type(value) is dict and all(type(key) is str and key.isidentifier() for key in value):
+        return {key: encoder.encode(field, f"{name}.{key}") for key, field in value.items()}
+    return encoder.encode(value, name)

@@ -1,0 +1,310 @@
+"""The course of a run: where it is, and what happens at a boundary.
+
+    batch · batch · batch ── boundary ── batch · … ── boundary ── validation ── end of epoch ── …
+
+A boundary is the moment between two optimizer steps when the state is consistent. Here, and only
+here, snapshots are taken and requests are obeyed. The loops in `loops` say when one is reached.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from runner.checkpoint.attempts import utc_now
+from runner.checkpoint.manifest import Moment
+from runner.errors import PositionError, RestoreError
+from runner.spool import Request
+from runner.training.capture import TrainingState
+from runner.training.loader import Stream
+from runner.training.metrics import Metrics
+from runner.training.preempted import Preempted
+from runner.training.session import SavedState, Session
+from runner.training.tensors import TensorSource
+from runner.training.tree import Decoder, first_difference
+from runner.training.watch import OptimizerWatch
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Place:
+    """Where the run is. `batch` counts the finished batches of the pass at hand, `loops` the
+    loops over batches that this epoch has begun."""
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    loops: int = 0
+    in_epoch: bool = False
+    stopped: str | None = None
+
+
+class Loop:
+    """A loop over batches or steps, as far as the course knows it."""
+
+    ordinal: int = -1
+
+    def state(self) -> dict[str, Any] | None:
+        """What is needed to come back into the middle of it; None between two of them."""
+        raise NotImplementedError
+
+    def settle(self) -> None:
+        """Count the body that was left by a `break` as done."""
+        raise NotImplementedError
+
+    def shape(self) -> tuple[int | None, int | None]:
+        """Batch size, and batches of one pass, where they are known."""
+        return None, None
+
+
+class Course:
+    """Owns the place in the run and everything that is saved beside the components."""
+
+    def __init__(self, session: Session, state: TrainingState, watch: OptimizerWatch) -> None:
+        self.session, self.state, self.watch = session, state, watch
+        self.place = Place()
+        self.metrics = Metrics()
+        self.streams: list[Stream] = []
+        self.loop: Loop | None = None
+        self.in_body = False
+        self._best: list[float] = []
+        self._ask_to_save = False
+        self._last_save = time.monotonic()
+        self._lap: float | None = None
+        self._productive = 0.0
+        self._productive_before = 0.0
+        self._held = False
+        self._warned_midway = False
+        self._saved: SavedState | None = None
+        self._saved_streams: list[dict[str, Any]] = []
+        self.saved_loop: dict[str, Any] | None = None
+
+    # ------------------------------------------------------------------ coming back
+
+    def resume(self, saved: SavedState) -> None:
+        """Take over the saved state at `attach`, before any loop has begun."""
+        progress = Decoder(saved.source.own).decode(saved.document["progress"])
+        self.state.restore(saved.document, saved.source, final=False)
+        self.place = Place(**progress["place"])
+        self.metrics.load_state(progress["metrics"])
+        self._best = progress["best"]
+        self._saved_streams = progress["streams"]
+        self.saved_loop = progress["loop"]
+        self._productive_before = saved.moment.productive_seconds
+        self._saved = saved
+        self._show()
+
+    @property
+    def returning(self) -> bool:
+        """Whether the loops are still on their way back to the saved place."""
+        return self._saved is not None
+
+    def arrive(self) -> None:
+        """The loop is back at the saved place: put the state in place for good.
+
+        The script has run its own code since `attach`, at least the top of an epoch a second time:
+        it may have drawn random numbers, stepped a scheduler, switched a mode. What was saved is
+        what counts.
+        """
+        saved, self._saved = self._saved, None
+        if saved is None:
+            return
+        now, _ = self.state.encode({})
+        for part in ("components", "state"):
+            change = first_difference(saved.document[part], now[part], part)
+            if change is not None:
+                log.warning("changed between attach() and the loop, and put back: %s", change)
+        source = TensorSource(saved.source.memory, saved.source.images)
+        self.state.restore(saved.document, source, final=True)
+        self.session.restored()
+        self.session.alive()
+
+    def give_up_return(self) -> None:
+        """The script marks boundaries by hand: the state is in place since `attach`."""
+        if self._saved is not None:
+            self._saved = None
+            self.session.restored()
+
+    def stream_for(self, loader: Any, wanted: int | None = None) -> tuple[int, Stream]:
+        """The stream of a loader: the one it has, the one it had before, or a new one."""
+        for index, stream in enumerate(self.streams):
+            if stream.loader is loader:
+                return index, stream
+        stream, index = Stream(loader), len(self.streams)
+        if wanted is not None and wanted != index and wanted < len(self._saved_streams):
+            # Loaders that were used before this one are not used any more.
+            self.streams += [Stream(()) for _ in range(wanted - index)]
+            index = wanted
+        if index < len(self._saved_streams):
+            try:
+                stream.load_state(self._saved_streams[index])
+            except (PositionError, RestoreError):
+                if wanted is not None:
+                    raise
+                log.debug("loader %d is another one than before", index)
+        self.streams.append(stream)
+        return index, stream
+
+    # ------------------------------------------------------------------ boundaries
+
+    def begin_step(self) -> None:
+        """A step begins: what follows counts as productive until the boundary."""
+        if self._lap is None:
+            self._lap = time.monotonic()
+
+    def end_steps(self) -> None:
+        """A loop is over; what follows is not a step."""
+        self._lap = None
+
+    def enter_body(self) -> None:
+        """A batch goes out to the script."""
+        self.in_body = True
+        self.metrics.next_state()
+
+    def settle(self) -> None:
+        """Whatever comes next, the body of the loop at hand has ended."""
+        if self.loop is not None:
+            loop, self.loop = self.loop, None
+            loop.settle()
+            self.end_steps()
+
+    def midway(self) -> bool:
+        """Whether this is no boundary after all, because gradients are half gathered."""
+        if not self.watch.midway():
+            return False
+        if not self._warned_midway:
+            self._warned_midway = True
+            log.warning(
+                "no optimizer has stepped and there are gradients: this is not a boundary, the "
+                "next step is; say run.batches(loader, accumulate=k) if you accumulate gradients"
+            )
+        return True
+
+    def step_boundary(self, *, last: bool = False) -> None:
+        """An optimizer step has ended. Raises Preempted after the snapshot, if asked to."""
+        self.place.step += 1
+        self._boundary(last=last, epoch_end=False)
+
+    def epoch_boundary(self, total: int) -> None:
+        """An epoch has ended, validation included."""
+        place = self.place
+        self.metrics.end_epoch(place.epoch, place.step, self.watch.learning_rate())
+        place.epoch += 1
+        place.batch = place.loops = 0
+        place.in_epoch = False
+        last = place.epoch >= total or place.stopped is not None
+        if last or not self.midway():
+            self._boundary(last=last, epoch_end=True)
+        self.metrics.next_state()
+
+    def ask_to_save(self) -> None:
+        self._ask_to_save = True
+
+    def _boundary(self, *, last: bool, epoch_end: bool) -> None:
+        now = time.monotonic()
+        if self._lap is not None:
+            self._productive += now - self._lap
+        self.in_body = False
+        self.watch.settled()
+        self.give_up_return()
+        board, plan = self.session.board, self.session.plan
+        if not epoch_end and board.first_step_ns == 0:
+            board.first_step_ns = time.monotonic_ns()
+        self._show()
+        if plan.hold_at_step is not None and not self._held:
+            if self.place.step >= plan.hold_at_step:
+                self._held = True
+                self.session.hold()
+        asked = self.session.asked()
+        triggers = self._triggers(last=last, epoch_end=epoch_end)
+        if asked is not None:
+            triggers.add(asked.why.trigger)
+        if triggers or epoch_end or self.place.step % plan.snapshot_steps == 0:
+            self._snapshot(triggers)
+        if last:
+            board.finished = 1
+        if asked is not None:
+            self.session.obeyed(asked)
+            if asked.kind is Request.SAVE_AND_STOP:
+                raise Preempted(asked.why.trigger)
+        if self._lap is not None:
+            self._lap = time.monotonic()
+
+    def _triggers(self, *, last: bool, epoch_end: bool) -> set[str]:
+        plan, triggers = self.session.plan, set()
+        if plan.every_minutes is not None:
+            if time.monotonic() - self._last_save >= 60 * plan.every_minutes:
+                triggers.add("interval")
+        if plan.every_steps is not None and not epoch_end:
+            if self.place.step % plan.every_steps == 0:
+                triggers.add("interval")
+        if plan.every_epochs is not None and epoch_end:
+            if self.place.epoch % plan.every_epochs == 0:
+                triggers.add("interval")
+        if self._is_best():
+            triggers.add("best")
+        if self._ask_to_save:
+            triggers.add("manual")
+        if last:
+            triggers.add("final")
+        return triggers
+
+    def _is_best(self) -> bool:
+        """Whether the metric, logged for just this state, is among the best so far."""
+        best = self.session.plan.best
+        value = math.nan if best is None else self.metrics.fresh().get(best.metric, math.nan)
+        if best is None or not math.isfinite(value):
+            return False
+        if len(self._best) >= best.count and not best.better(value, self._best[-1]):
+            return False
+        self._best = sorted([*self._best, value], reverse=best.mode == "max")[: best.count]
+        return True
+
+    def _snapshot(self, triggers: set[str]) -> None:
+        document, sink = self.state.encode(self._progress())
+        fresh, plan, place = self.metrics.fresh(), self.session.plan, self.place
+        batch_size, batches = (None, None) if self.loop is None else self.loop.shape()
+
+        def moment(attempt: int, save: int) -> Moment:
+            return Moment(
+                attempt=attempt,
+                save=save,
+                step=place.step,
+                epoch=place.epoch,
+                batch=place.batch,
+                batch_size=batch_size,
+                batches_per_epoch=batches,
+                triggers=tuple(sorted(triggers)),
+                metrics=fresh,
+                healthy=all(
+                    math.isfinite(v) for name, v in fresh.items() if plan.is_health_metric(name)
+                ),
+                created_at=utc_now(),
+                productive_seconds=self._productive_before + self._productive,
+            )
+
+        self.session.save(moment, document, sink)
+        if triggers:
+            self._ask_to_save = False
+            self._last_save = time.monotonic()
+
+    def _progress(self) -> Mapping[str, Any]:
+        loop = None if self.loop is None else self.loop.state()
+        return {
+            "place": dict(vars(self.place)),
+            "metrics": self.metrics.state(),
+            "best": self._best,
+            "streams": [stream.state() for stream in self.streams],
+            "loop": loop if loop is None else {"ordinal": self.loop.ordinal, **loop},
+        }
+
+    def _show(self) -> None:
+        board = self.session.board
+        board.step, board.epoch, board.batch = self.place.step, self.place.epoch, self.place.batch
+        board.productive_us = int(1e6 * self._productive)
+        self.session.alive()

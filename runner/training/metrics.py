@@ -1,0 +1,88 @@
+"""What a script logs: the newest values for the state at hand, and one record for each epoch.
+
+A value may be a tensor on a GPU. It is kept as it is and turned into a float only when a snapshot
+or an epoch's end needs the number, so logging never waits for the device.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from runner.errors import CaptureError
+
+_MAX_PENDING = 4096
+
+
+class Metrics:
+    """Logged values. `history` has one dict per finished epoch: means of what was logged in the
+    loop's body, the last values of what was logged beside it."""
+
+    def __init__(self) -> None:
+        self.history: list[dict[str, Any]] = []
+        self._fresh: dict[str, Any] = {}
+        self._stale = False
+        self._pending: list[tuple[str, Any, bool]] = []
+        self._sums: dict[str, list[float]] = {}
+        self._last: dict[str, float] = {}
+
+    def log(self, values: dict[str, Any], *, in_body: bool) -> None:
+        """Take values in; `in_body` ones are averaged over the epoch."""
+        for name, value in values.items():
+            _check(name, value)
+        if self._stale:
+            self._fresh, self._stale = {}, False
+        for name, value in values.items():
+            value = value.detach() if hasattr(value, "detach") else value
+            self._fresh[name] = value
+            self._pending.append((name, value, in_body))
+        if len(self._pending) > _MAX_PENDING:
+            self._fold()
+
+    def next_state(self) -> None:
+        """The state is about to change: what was logged so far is of the one before."""
+        self._stale = True
+
+    def fresh(self) -> dict[str, float]:
+        """The values logged for the state as it is now."""
+        return {} if self._stale else {name: float(v) for name, v in self._fresh.items()}
+
+    def end_epoch(self, epoch: int, step: int, learning_rate: float | None) -> None:
+        """Close the epoch's record."""
+        self._fold()
+        record: dict[str, Any] = {"epoch": epoch, "step": step}
+        if learning_rate is not None:
+            record["lr"] = learning_rate
+        record |= {name: total / count for name, (total, count) in self._sums.items()}
+        self.history.append(record | self._last)
+        self._sums, self._last = {}, {}
+
+    def state(self) -> dict[str, Any]:
+        """All of it as plain values."""
+        self._fold()
+        return {
+            "history": self.history,
+            "sums": self._sums,
+            "last": self._last,
+            "fresh": self.fresh(),
+        }
+
+    def load_state(self, saved: dict[str, Any]) -> None:
+        self.history, self._sums, self._last = saved["history"], saved["sums"], saved["last"]
+        self._fresh, self._stale, self._pending = saved["fresh"], False, []
+
+    def _fold(self) -> None:
+        for name, value, in_body in self._pending:
+            if in_body:
+                entry = self._sums.setdefault(name, [0.0, 0])
+                entry[0] += float(value)
+                entry[1] += 1
+            else:
+                self._last[name] = float(value)
+        self._pending = []
+
+
+def _check(name: str, value: Any) -> None:
+    if isinstance(value, bool | str) or not hasattr(value, "__float__"):
+        raise CaptureError(f"run.log({name}=…)", f"is a {type(value).__qualname__}, not a number")
+    if hasattr(value, "numel") and value.numel() != 1:
+        raise CaptureError(f"run.log({name}=…)", "has more than one element")

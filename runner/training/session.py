@@ -1,0 +1,174 @@
+"""The trainer's end of the spool: the board, the slots, and what the supervisor asks for."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from runner.checkpoint import format as fmt
+from runner.checkpoint.format import FileImage
+from runner.checkpoint.keeper import read_restore
+from runner.checkpoint.manifest import Moment, moment_from_json
+from runner.errors import RestoreError, SpoolError
+from runner.plan import Plan
+from runner.spool import Board, Marker, RankSpool, Request, Why, open_slot, read_json
+from runner.training.snapshot import SnapshotWriter
+from runner.training.tensors import TensorSink, TensorSource
+
+log = logging.getLogger(__name__)
+
+SPOOL_VARIABLE = "RUNNER_SPOOL"
+_POLL_SECONDS = 0.001
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request that has not been obeyed yet."""
+
+    number: int
+    kind: Request
+    why: Why
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """A checkpoint as it lies in memory: where it was taken, its tree, its tensors."""
+
+    moment: Moment
+    document: Mapping[str, Any]
+    source: TensorSource
+
+
+class Session:
+    """One attempt, as the trainer sees it. It holds the rank's lock for as long as it lives."""
+
+    def __init__(self, spool: Path, *, supervised: bool) -> None:
+        self.plan = Plan.from_json(read_json(spool / "plan.json"))
+        self.rank = RankSpool(spool / "rank-00000")
+        self._lock: IO[bytes] = self.rank.lock()
+        self.board = Board(self.rank.folder / "board")
+        self.board.pid = os.getpid()
+        self._parent = os.getppid() if supervised else None
+        self._writer = SnapshotWriter(self.rank, self.plan.slots, self.alive)
+        self._facts = trainer_facts()
+        self._saves = 0
+        self._fetches = 0
+        if supervised:
+            _leave_signals_to_the_supervisor()
+
+    # ------------------------------------------------------------------ progress
+
+    def alive(self) -> None:
+        """A sign of life."""
+        self.board.heartbeat_ns = time.monotonic_ns()
+        self.board.progress += 1
+
+    def asked(self) -> Asked | None:
+        """What the supervisor asks for, if it has not been obeyed yet."""
+        number = self.board.request_number
+        if number == self.board.answered:
+            return None
+        return Asked(number, Request(self.board.request_kind), Why(self.board.request_why))
+
+    def obeyed(self, asked: Asked) -> None:
+        self.board.answered = asked.number
+
+    def hold(self) -> None:
+        """Wait at this boundary until something is asked for, or nobody is left to ask."""
+        self.board.held = 1
+        while self.asked() is None and (self._parent is None or os.getppid() == self._parent):
+            self.board.heartbeat_ns = time.monotonic_ns()
+            time.sleep(_POLL_SECONDS)
+        self.board.held = 0
+
+    # ------------------------------------------------------------------ states
+
+    def save(
+        self,
+        moment: Callable[[int, int], Moment],
+        document: Mapping[str, Any],
+        sink: TensorSink,
+    ) -> bool:
+        """Copy a state into a slot; `moment(attempt, save)` says what it is of."""
+        numbered = moment(self.plan.attempt, self._saves + 1)
+        taken = self._writer.take(numbered, document, sink, self._facts)
+        self._saves += taken
+        return taken
+
+    def saved_state(self) -> SavedState | None:
+        """What this attempt begins from; None at the very start of a run."""
+        marker = read_restore(self.rank)
+        if marker is None:
+            return None
+        return _open(self.rank.slot_path(marker.slot), marker)
+
+    def restored(self) -> None:
+        """The state is in place: the slot that it came from may be used again."""
+        (self.rank.folder / "restore.json").unlink(missing_ok=True)
+        self.board.restored = 1
+
+    def fetch(self, which: str) -> SavedState:
+        """Have a saved checkpoint brought into the spool. RestoreError says why it cannot be."""
+        self._fetches += 1
+        self.rank.send("fetch.json", {"number": self._fetches, "which": which})
+        while (reply := self.rank.take("fetched.json")) is None or (
+            reply.get("number") != self._fetches
+        ):
+            if self._parent is not None and os.getppid() != self._parent:
+                raise RestoreError(f"checkpoint {which!r}: the supervisor is gone")
+            self.alive()
+            time.sleep(_POLL_SECONDS)
+        if "error" in reply:
+            raise RestoreError(f"checkpoint {which!r}: {reply['error']}")
+        del reply["number"]
+        return _open(self.rank.folder / "fetched", Marker(**reply))
+
+
+def _open(path: Path, marker: Marker) -> SavedState:
+    """Map a checkpoint and read its tree."""
+    try:
+        images = [FileImage(i["name"], i["offset"], i["size"]) for i in marker.images]
+        memory = memoryview(open_slot(path, 0))
+        fmt.check_images(images, len(memory), path.name)
+        state = next(image for image in images if image.name == fmt.STATE_FILE)
+        document = json.loads(bytes(memory[state.offset : state.offset + state.size]))
+        moment = moment_from_json(marker.moment)
+    except (KeyError, TypeError, ValueError, OSError) as error:
+        raise SpoolError(f"{path} cannot be restored from: {error}") from error
+    if document.get("version") != 1:
+        raise RestoreError(f"state.json has version {document.get('version')!r}, not 1")
+    return SavedState(moment, document, TensorSource(memory, images))
+
+
+def trainer_facts() -> dict[str, Any]:
+    """What only the trainer knows of where a checkpoint comes from."""
+    cuda = torch.cuda.is_available()
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        if cuda
+        else [],
+    }
+
+
+def _leave_signals_to_the_supervisor() -> None:
+    """A Ctrl-C or a kill of the group reaches everybody; only the supervisor may act on it.
+
+    Loader workers inherit this, so that they do not die before the state is saved.
+    """
+    if threading.current_thread() is threading.main_thread():
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, signal.SIG_IGN)

@@ -1,0 +1,58 @@
+"""Whether the state is consistent: an optimizer has stepped, and no gradient is half gathered."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+
+class OptimizerWatch:
+    """Watches the registered optimizers through their public hooks."""
+
+    def __init__(self, stateful: Iterable[Any]) -> None:
+        targets = list(stateful)
+        self.optimizers = [t for t in targets if isinstance(t, torch.optim.Optimizer)]
+        self._stepped = False
+        for optimizer in self.optimizers:
+            optimizer.register_step_post_hook(self._on_step)
+        for target in targets:
+            if isinstance(target, torch.amp.GradScaler):
+                self._watch_scaler(target)
+
+    def midway(self) -> bool:
+        """Whether gradients have been gathered that no optimizer has used since `settled`."""
+        if self._stepped or not self.optimizers:
+            return False
+        return any(
+            parameter.grad is not None
+            for optimizer in self.optimizers
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        )
+
+    def settled(self) -> None:
+        """A boundary has been passed."""
+        self._stepped = False
+
+    def learning_rate(self) -> float | None:
+        """Of the first group of the first optimizer."""
+        if not self.optimizers:
+            return None
+        return float(self.optimizers[0].param_groups[0]["lr"])
+
+    def _on_step(self, *_: Any) -> None:
+        self._stepped = True
+
+    def _watch_scaler(self, scaler: torch.amp.GradScaler) -> None:
+        """A step that the scaler skips, because gradients overflowed, is a step all the same."""
+        update = scaler.update
+
+        @functools.wraps(update)
+        def watched(*args: Any, **kwargs: Any) -> None:
+            update(*args, **kwargs)
+            self._stepped = True
+
+        scaler.update = watched  # type: ignore[method-assign]
