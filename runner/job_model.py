@@ -32,6 +32,8 @@ LONGEST_MINUTES = 3650 * 24 * 60
 
 _NAME = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
 
+_SCHEME = r"[A-Za-z][A-Za-z0-9+.-]*:/"
+
 
 def _name(text: str) -> str:
     if not re.fullmatch(_NAME.removesuffix("$"), text):
@@ -86,7 +88,7 @@ def _directory(value: object) -> object:
 
 
 def _store(text: str) -> str:
-    if scheme := re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", text):
+    if scheme := re.match(_SCHEME, text):
         raise ValueError(
             f"expected a directory: this version has no store for {scheme[0]}/, only directories"
         )
@@ -309,17 +311,17 @@ class Job(Part):
     env: Annotated[dict[str, Annotated[str, AfterValidator(_text)]], AfterValidator(_env)] = Field(
         default={},
         description="Environment variables for the trainer. Numbers have to be quoted.",
+        json_schema_extra={"propertyNames": {"pattern": "^(?!RUNNER_)[^=]+$"}},
         examples=[{"OMP_NUM_THREADS": "2"}],
     )
     launcher: Annotated[Literal["process"], BeforeValidator(_launcher)] = Field(
         default="process", description="How the trainer is started."
     )
-    store: Annotated[str, AfterValidator(_store), Field(json_schema_extra={"minLength": 1})] = (
-        Field(
-            default="runs",
-            description="The directory for checkpoints, relative to the workdir.",
-            examples=["runs", "/mnt/checkpoints"],
-        )
+    store: Annotated[str, AfterValidator(_store)] = Field(
+        default="runs",
+        description="The directory for checkpoints, relative to the workdir.",
+        json_schema_extra={"minLength": 1, "not": {"pattern": f"^{_SCHEME}"}},
+        examples=["runs", "/mnt/checkpoints"],
     )
     checkpoint: Checkpoint = Checkpoint()
     preemption: Preemption = Preemption()

@@ -89,7 +89,7 @@ def read_job_file(path: Path) -> JobFile:
     data = _read_bytes(path)
     file = JobFile(str(path))
     try:
-        _parse(data.decode("utf-8-sig"), file)
+        _parse(data.decode(), file)
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         file.refuse((), f"is not UTF-8 text (byte 0x{data[error.start]:02x})", line)
@@ -187,6 +187,7 @@ _OLD_KINDS = {
     "tag:yaml.org,2002:merge": "a merge key",
     "tag:yaml.org,2002:value": "a default key",
     "tag:yaml.org,2002:str": "text",
+    "tag:yaml.org,2002:yaml": "text",  # a lone `!`, `&` or `*`, which only `-p` can bring here
 }
 
 

@@ -29,9 +29,11 @@ import json
 import mmap
 import os
 import re
+import secrets
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import IntEnum
@@ -44,6 +46,7 @@ _BOARD_BYTES = 4096
 _MAGIC = 0x52554E4E4552_0001  # "RUNNER", version 1
 _MAX_JSON_BYTES = 64 << 20
 _PHASE_AT, _PHASE_BYTES = 2048, 64
+_LOCK_TRIES, _LOCK_SECONDS = 5, 0.01
 _SLOT_MARKER = re.compile(r"slot-([0-9])\.json")
 
 
@@ -304,6 +307,24 @@ class Spool:
         )
         self.rank.folder.mkdir(mode=0o700, exist_ok=True)
 
+    def write_plan(self, plan: Mapping[str, Any]) -> None:
+        """Tell the trainer what it must know of the job."""
+        _replace(self.path / "plan.json", _dump(plan))
+
+    def publish_status(self, status: Mapping[str, Any]) -> None:
+        """Show others on this machine what the supervisor is doing."""
+        _replace(self.path / "status.json", _dump(status))
+
+    def status(self) -> dict[str, Any] | None:
+        """What a living supervisor has published; None if none lives."""
+        if self._lock is None and not is_locked(self.path / "lock"):
+            return None
+        return read_json(self.path / "status.json")
+
+    def ask_to_stop(self) -> None:
+        """Ask the supervisor to save and end."""
+        _replace(self.path / "stop", b"")
+
     def remove(self) -> None:
         """Delete it with everything in it."""
         shutil.rmtree(self.path, ignore_errors=True)
@@ -313,6 +334,11 @@ class Spool:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+
+def new_owner() -> str:
+    """A name for a supervisor that no other one has."""
+    return secrets.token_hex(8)
 
 
 def spool_path(run_id: str, store_url: str, root: str | None = None) -> Path:
@@ -415,12 +441,28 @@ def _replace(path: Path, content: bytes) -> None:
 def _locked(path: Path) -> IO[bytes] | None:
     """The file, locked for as long as it is open; None if another process has the lock."""
     file = path.open("ab")
+    for attempt in range(_LOCK_TRIES):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            if attempt < _LOCK_TRIES - 1:
+                time.sleep(_LOCK_SECONDS)  # `is_locked` may be looking just now
+        else:
+            return file
+    file.close()
+    return None
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a living process has this lock. Takes nothing for longer than it looks."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
     except OSError:
-        file.close()
-        return None
-    return file
+        return True
+    return False
 
 
 def _raise(error: SpoolError) -> IO[bytes]:

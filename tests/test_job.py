@@ -36,7 +36,8 @@ COMPLETE = """
 name: rul-fd001
 command: [python, -m, jobs.rul.train]
 workdir: sub
-params: {subset: FD001, epochs: 30, lr: 1e-3, optimizer: {betas: [0.9, 0.999]}, note: null}
+params: {subset: FD001, epochs: 30, lr: 1e-3,
+  optimizer: {betas: [0.9, 0.999]}, note: null, deep: {x: [null]}}
 env: {OMP_NUM_THREADS: "2", EMPTY: ""}
 launcher: process
 store: ../runs
@@ -518,6 +519,7 @@ def test_a_wrong_value_of_the_command_line_is_refused_by_its_option(
         ("note=null", ("note", None)),
         ("subset=FD001", ("subset", "FD001")),
         ("glob=*.csv", ("glob", "*.csv")),
+        ("all=*", ("all", "*")),
         ("text=a: b # c", ("text", "a: b # c")),
         ("expr=a=b", ("expr", "a=b")),
         ("q='010'", ("q", "010")),
@@ -547,7 +549,8 @@ def test_a_param_that_cannot_be_read_is_a_usage_error(text: str) -> None:
 
 
 @given(st.text())
-@example('="\\UFFFFFFFF"')
+@example('"\\UFFFFFFFF"')
+@example("*")
 def test_no_param_is_answered_with_anything_but_a_value_or_a_usage_error(text: str) -> None:
     try:
         key, value = parse_param(f"k={text}")
@@ -567,6 +570,7 @@ def test_a_submitted_job_comes_back_equal_from_plain_json(load: Load, tmp_path: 
 
         stored = json.dumps(job_as_submitted(job), allow_nan=False)
 
+        assert ("null" in stored) == ("null" in text)
         assert Job.model_validate(json.loads(stored)) == job
 
 
@@ -579,6 +583,7 @@ def test_a_submitted_job_has_the_names_and_units_of_the_file(load: Load, tmp_pat
     assert plain["restart"]["backoff"] == {"initial": "250ms", "max": "1h"}
     assert plain["restart"]["hang_timeout"] == "90m"
     assert plain["params"]["note"] is None
+    assert plain["params"]["deep"] == {"x": [None]}
     assert plain["command"] == ["python", "-m", "jobs.rul.train"]
     assert plain["workdir"] == str(tmp_path / "sub")
 
@@ -647,12 +652,14 @@ def test_the_schema_names_and_describes_every_key_and_no_other() -> None:
     }
 
 
-def test_durations_are_text_in_the_schema_and_nothing_may_be_null() -> None:
+def test_the_schema_refuses_what_the_file_may_not_say() -> None:
     schema = job_schema()
 
     grace = schema["$defs"]["Preemption"]["properties"]["grace"]
     assert (grace["type"], grace["default"]) == ("string", "30s")
     assert re.search(grace["pattern"], "1.5h")
+    assert re.search(schema["properties"]["store"]["not"]["pattern"], "s3://bucket/x")
+    assert schema["$defs"]["Every"]["minProperties"] == 1
     assert not re.search(grace["pattern"], "0s")
     assert not re.search(grace["pattern"], "-1s")
     assert "null" not in json.dumps(schema)

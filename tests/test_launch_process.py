@@ -15,6 +15,7 @@ import pytest
 from waiting import wait_until
 
 from runner.errors import UsageError
+from runner.launch import process_tree
 from runner.launch.process import UNKNOWN_EXIT, TrainerProcess, build_environment
 from runner.launch.process_tree import (
     MARK_VARIABLE,
@@ -22,6 +23,8 @@ from runner.launch.process_tree import (
     Tree,
     members,
     read_entry,
+    read_mark,
+    read_table,
     send_to,
 )
 from runner.supervisor.reaper import PR_SET_CHILD_SUBREAPER, become_subreaper, reap_orphans
@@ -171,6 +174,14 @@ def test_the_environment_is_the_one_given_and_the_mark_of_the_tree(trainers: Tra
     assert exit_code(trainer) == 0
     names = [entry.partition("=")[0] for entry in trainers.output(trainer).split("\0") if entry]
     assert sorted(names) == sorted(["ONLY", MARK_VARIABLE])
+
+
+@pytest.mark.parametrize("env", [{}, {"A": "b"}, {f"X{MARK_VARIABLE}": "another"}], ids=str)
+def test_the_mark_is_found_wherever_it_stands(trainers: Trainers, env: dict[str, str]) -> None:
+    mark = read_mark(trainers.start("waits.py", env=env).pid)
+
+    assert mark is not None
+    assert mark.startswith(f"{os.getpid()}-")
 
 
 def test_the_trainer_leads_a_session_of_its_own_with_nothing_open_but_its_output(
@@ -539,12 +550,24 @@ def test_kill_tree_leaves_nothing_alive(
     assert trainer.kill_tree() == []
 
 
-def test_a_tree_that_never_stops_forking_is_caught(trainers: Trainers) -> None:
-    trainer = trainers.start("never_stops_forking.py")
+def test_a_tree_that_never_stops_forking_is_caught_without_a_chase(
+    trainers: Trainers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[float] = []
 
-    assert trainer.kill_tree() == []
+    def counted() -> dict[int, ProcessEntry]:
+        looks.append(time.monotonic())
+        return read_table()
 
-    assert not [each for each in psutil.process_iter() if in_session(each.pid, trainer.pid)]
+    monkeypatch.setattr(process_tree, "read_table", counted)
+    for _ in range(8):  # now and then, one is caught by luck
+        trainer = trainers.start("never_stops_forking.py")
+        looks.clear()
+
+        assert trainer.kill_tree() == []
+
+        assert len(looks) < 50
+        assert not [each for each in psutil.process_iter() if in_session(each.pid, trainer.pid)]
 
 
 def in_session(pid: int, session: int) -> bool:
@@ -585,6 +608,18 @@ def test_bystanders_survive(trainers: Trainers) -> None:
         for each in bystanders:
             each.kill()
             each.wait()
+
+
+def test_a_bystander_started_in_the_same_instant_survives(trainers: Trainers) -> None:
+    for _ in range(10):  # start times are counted in hundredths of a second
+        bystander = subprocess.Popen(["sleep", "60"], start_new_session=True)
+        trainer = trainers.start("true", ready=False)
+        try:
+            assert trainer.kill_tree() == []
+            assert bystander.poll() is None
+        finally:
+            bystander.kill()
+            bystander.wait()
 
 
 def test_those_that_ignore_a_signal_are_named_at_the_deadline(trainers: Trainers) -> None:

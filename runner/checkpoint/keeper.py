@@ -51,6 +51,15 @@ class Resumption:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Origin:
+    """A checkpoint, maybe of another run, that a run begins from: all of it, or some components."""
+
+    archive: Archive
+    which: str
+    components: tuple[str, ...] = ()
+
+
 class Keeper:
     """Keeps the checkpoints of one rank."""
 
@@ -67,38 +76,54 @@ class Keeper:
         self._best, self._prefer_healthy = best, prefer_healthy
         self._durable = _NEVER
         self._restoring: int | None = None
+        self._foreign = False  # another run's checkpoint, whose numbers mean nothing here
 
     # ------------------------------------------------------------------ restoring
 
-    def restore(self, go_back: int = 0) -> Resumption | None:
+    def restore(
+        self, go_back: int = 0, *, which: str | None = None, origin: Origin | None = None
+    ) -> Resumption | None:
         """Prepare what the next attempt begins from; None if the run is at its very start.
 
         The newest of a complete slot on this node and the store wins; `go_back` passes over so
-        many checkpoints, and over all slots. Raises NoValidCheckpoint, StoreError or SpoolFull.
+        many checkpoints, and over all slots. `which` names another checkpoint of this run instead;
+        `origin` is what a run begins from that has none of its own yet. Raises UnknownName,
+        NoValidCheckpoint, StoreError or SpoolFull.
         """
         begun = time.monotonic()
         self._rank.recover_claims()
         stored = self._archive.names()
         self._durable = stored[0] if stored else _NEVER
-        held = None if go_back else self._newest_slot(self._durable)
-        if held is not None:
-            marker, moment = held
-            source = "slot"
-        else:
-            loaded = self._from_store(go_back)
-            if loaded is None:
-                return None
-            marker, moment = loaded
+        source = "slot"
+        held = None if go_back or which else self._newest_slot(self._durable)
+        if held is None:
             source = "store"
+            # Whatever is in the slots is older, or is what the run goes back from.
+            self._rank.forget()
+            held = self._named(which) if which else self._from_store(go_back)
+        if held is None and origin is not None:
+            held = self._from_origin(origin)
+        if held is None:
+            return None
+        marker, moment = held
         self._restoring = marker.slot
         self._rank.send("restore.json", asdict(marker))
         return Resumption(moment, marker.slot, source, time.monotonic() - begun)
 
     def restored(self) -> None:
         """The trainer has its state: the slot that it came from may be used again."""
-        if self._restoring is not None:
-            self._rank.give_back(self._restoring, must=False)
-            self._restoring = None
+        if self._restoring is None:
+            return
+        if self._foreign:
+            self._rank.drop(self._restoring)
+        else:
+            self._rank.give_back(self._restoring)
+        self._restoring, self._foreign = None, False
+
+    def has_unsaved(self) -> bool:
+        """Whether a slot holds something newer than what is durable."""
+        durable = (self._durable.attempt, self._durable.save)
+        return any(marker.must or marker.order > durable for marker in self._rank.complete())
 
     def _newest_slot(self, stored: CheckpointName) -> tuple[Marker, Moment] | None:
         """The newest complete slot, claimed, if it is at least as new as the store's newest."""
@@ -121,18 +146,41 @@ class Keeper:
         return None
 
     def _from_store(self, go_back: int) -> tuple[Marker, Moment] | None:
-        # Whatever is in the slots is older, or is what the run goes back from.
-        self._rank.forget()
         loaded = load_newest(
             self._archive,
             self._persister.ledger,
-            lambda nbytes: memoryview(open_slot(self._rank.slot_path(0), nbytes)),
+            self._slot_memory,
             skip=go_back,
             prefer_healthy=self._prefer_healthy,
         )
+        return None if loaded is None else self._hold(loaded, {})
+
+    def _named(self, which: str) -> tuple[Marker, Moment]:
+        manifest = self._find(self._archive, which)
+        loaded = load(self._archive, manifest, self._slot_memory)
         if loaded is None:
-            return None
-        marker = _marker(0, loaded)
+            raise NoValidCheckpoint(f"{manifest.name} is not sound and was put into quarantine")
+        return self._hold(loaded, {})
+
+    def _from_origin(self, origin: Origin) -> tuple[Marker, Moment]:
+        """Begin from a checkpoint that is not this run's; it is only read."""
+        manifest = self._find(origin.archive, origin.which)
+        layout = origin.archive.layout(manifest)
+        origin.archive.load_into(manifest, layout, self._slot_memory(layout.nbytes))
+        facts = {"components": list(origin.components)} if origin.components else {}
+        marker, moment = self._hold(Loaded(manifest, layout), facts)
+        self._foreign = True
+        return marker, replace(moment, step=0) if facts else moment
+
+    def _find(self, archive: Archive, which: str) -> Manifest:
+        metric, mode = self._best or (None, "min")
+        return archive.find(which, metric, mode)
+
+    def _slot_memory(self, nbytes: int) -> memoryview:
+        return memoryview(open_slot(self._rank.slot_path(0), nbytes))
+
+    def _hold(self, loaded: Loaded, facts: Mapping[str, Any]) -> tuple[Marker, Moment]:
+        marker = _marker(0, loaded, facts)
         self._rank.hold(marker)
         return marker, loaded.manifest.moment
 
@@ -229,13 +277,12 @@ class Keeper:
 
     def _fetch(self, which: str) -> Mapping[str, Any]:
         self.persist_due()  # the one that is asked for may be on its way
-        metric, mode = self._best or (None, "min")
-        manifest = self._archive.find(which, metric, mode)
+        manifest = self._find(self._archive, which)
         path = self._rank.folder / "fetched"
         loaded = load(self._archive, manifest, lambda nbytes: memoryview(open_slot(path, nbytes)))
         if loaded is None:
             raise NoValidCheckpoint(f"{manifest.name} is not sound and was put into quarantine")
-        return asdict(_marker(0, loaded))
+        return asdict(_marker(0, loaded, {}))
 
 
 def read_restore(rank: RankSpool) -> Marker | None:
@@ -244,11 +291,11 @@ def read_restore(rank: RankSpool) -> Marker | None:
     return None if content is None else Marker(**content)
 
 
-def _marker(slot: int, loaded: Loaded) -> Marker:
+def _marker(slot: int, loaded: Loaded, facts: Mapping[str, Any]) -> Marker:
     return Marker(
         slot=slot,
         must=False,
         moment=moment_to_json(loaded.manifest.moment),
         images=[asdict(image) for image in loaded.layout.images],
-        facts={},
+        facts=facts,
     )

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from typing import Any
 
@@ -105,9 +106,9 @@ def _write_files(
             content = slot[image.offset : image.offset + image.size]
             parts = [content[at : at + part_bytes] for at in range(0, image.size, part_bytes)]
             parts = parts or [content]
-            hashes = [pool.submit(lambda part: sha256(part).digest(), part) for part in parts]
+            hashes = _submit(pool, parts)
             staging.write(image.name, parts)
-            digests = [future.result() for future in hashes]
+            digests = [digest() for digest in hashes]
             entries.append(
                 FileEntry(
                     image.name,
@@ -118,3 +119,13 @@ def _write_files(
                 )
             )
     return tuple(entries)
+
+
+def _submit(pool: ThreadPoolExecutor, parts: Sequence[memoryview]) -> list[Callable[[], bytes]]:
+    def digest(part: memoryview) -> bytes:
+        return sha256(part).digest()
+
+    try:
+        return [pool.submit(digest, part).result for part in parts]
+    except RuntimeError:  # the interpreter is shutting down and starts no more threads
+        return [partial(digest, part) for part in parts]

@@ -75,11 +75,7 @@ class Tree:
 
     def shields(self, entry: ProcessEntry) -> bool:
         """Whether this process cannot be the trainer's, whoever its parent is now."""
-        return (
-            entry.session == self.supervisor_session
-            or entry.identity in self.before
-            or entry.pid == self.supervisor_pid
-        )
+        return entry.session == self.supervisor_session or entry.identity in self.before
 
     def is_of_another(self, mark: str | None) -> bool:
         """Whether a mark is that of another trainer of ours, or of ourselves."""
@@ -196,7 +192,7 @@ def end(
             for entry in found
             if entry.parent == tree.supervisor_pid and entry.identity != tree.trainer
         ]
-        if not running:
+        if not running and not adopted:
             return []
         new = [entry for entry in found if entry.identity not in seen]
         seen.update(entry.identity for entry in new)

@@ -47,7 +47,7 @@ class Store(Protocol):
         """Write durably and atomically over whatever there is."""
 
     def children(self, prefix: str) -> list[str]:
-        """Names directly below a prefix, sorted; nothing below it is an empty list."""
+        """Names directly below a prefix ("" is the root), sorted; nothing there is no error."""
 
     def delete(self, keys: Sequence[str]) -> None:
         """Delete objects in this order. One that is not there is no error."""

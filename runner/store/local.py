@@ -68,7 +68,8 @@ class DirectoryStore:
     def children(self, prefix: str) -> list[str]:
         with self._errors(prefix):
             try:
-                names = [path.name for path in self._path(prefix).iterdir()]
+                folder = self._path(prefix) if prefix else self.root
+                names = [path.name for path in folder.iterdir()]
             except FileNotFoundError:
                 return []
         return sorted(name for name in names if not name.startswith(_TEMPORARY))

@@ -26,11 +26,8 @@ def become_subreaper() -> bool:
     """
     if signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    prctl = getattr(ctypes.CDLL(None, use_errno=True), "prctl", None)
-    if prctl is None:
-        return False
     arguments = [ctypes.c_ulong(value) for value in (1, 0, 0, 0)]
-    return bool(prctl(ctypes.c_int(PR_SET_CHILD_SUBREAPER), *arguments) == 0)
+    return bool(ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, *arguments) == 0)
 
 
 def reap_orphans(owned: Collection[int]) -> list[int]:

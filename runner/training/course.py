@@ -13,17 +13,17 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from runner.checkpoint.attempts import utc_now
 from runner.checkpoint.manifest import Moment
-from runner.errors import PositionError, RestoreError
-from runner.spool import Request
+from runner.exitcodes import PREEMPTED
+from runner.spool import Request, Why
 from runner.training.capture import TrainingState
-from runner.training.loader import Stream
 from runner.training.metrics import Metrics
 from runner.training.preempted import Preempted
 from runner.training.session import SavedState, Session
+from runner.training.streams import Streams
 from runner.training.tensors import TensorSource
 from runner.training.tree import Decoder, first_difference
 from runner.training.watch import OptimizerWatch
@@ -44,22 +44,23 @@ class Place:
     stopped: str | None = None
 
 
-class Loop:
+class LoopOver(Exception):
+    """The saved run had left this loop behind: there is nothing in it to do again."""
+
+
+class Loop(Protocol):
     """A loop over batches or steps, as far as the course knows it."""
 
-    ordinal: int = -1
+    ordinal: int
 
-    def state(self) -> dict[str, Any] | None:
-        """What is needed to come back into the middle of it; None between two of them."""
-        raise NotImplementedError
+    def state(self) -> dict[str, Any]:
+        """What is needed to come back into the middle of it."""
 
-    def settle(self) -> None:
-        """Count the body that was left by a `break` as done."""
-        raise NotImplementedError
+    def settle(self) -> bool:
+        """Count the body that was left by a `break` as done: True if it ends a step."""
 
     def shape(self) -> tuple[int | None, int | None]:
         """Batch size, and batches of one pass, where they are known."""
-        return None, None
 
 
 class Course:
@@ -69,7 +70,7 @@ class Course:
         self.session, self.state, self.watch = session, state, watch
         self.place = Place()
         self.metrics = Metrics()
-        self.streams: list[Stream] = []
+        self.streams = Streams()
         self.loop: Loop | None = None
         self.in_body = False
         self._best: list[float] = []
@@ -81,8 +82,8 @@ class Course:
         self._held = False
         self._warned_midway = False
         self._saved: SavedState | None = None
-        self._saved_streams: list[dict[str, Any]] = []
-        self.saved_loop: dict[str, Any] | None = None
+        self._saved_loop: dict[str, Any] | None = None
+        self._loops_passed = 0
 
     # ------------------------------------------------------------------ coming back
 
@@ -93,8 +94,8 @@ class Course:
         self.place = Place(**progress["place"])
         self.metrics.load_state(progress["metrics"])
         self._best = progress["best"]
-        self._saved_streams = progress["streams"]
-        self.saved_loop = progress["loop"]
+        self.streams.load_state(progress["streams"])
+        self._saved_loop = progress["loop"]
         self._productive_before = saved.moment.productive_seconds
         self._saved = saved
         self._show()
@@ -112,6 +113,7 @@ class Course:
         what counts.
         """
         saved, self._saved = self._saved, None
+        self._saved_loop = None
         if saved is None:
             return
         now, _ = self.state.encode({})
@@ -124,31 +126,77 @@ class Course:
         self.session.restored()
         self.session.alive()
 
-    def give_up_return(self) -> None:
-        """The script marks boundaries by hand: the state is in place since `attach`."""
-        if self._saved is not None:
-            self._saved = None
-            self.session.restored()
+    def enter_loop(self, loop: Loop) -> dict[str, Any] | None:
+        """A loop begins: what it resumes from, None if it begins at its start.
 
-    def stream_for(self, loader: Any, wanted: int | None = None) -> tuple[int, Stream]:
-        """The stream of a loader: the one it has, the one it had before, or a new one."""
-        for index, stream in enumerate(self.streams):
-            if stream.loader is loader:
-                return index, stream
-        stream, index = Stream(loader), len(self.streams)
-        if wanted is not None and wanted != index and wanted < len(self._saved_streams):
-            # Loaders that were used before this one are not used any more.
-            self.streams += [Stream(()) for _ in range(wanted - index)]
-            index = wanted
-        if index < len(self._saved_streams):
-            try:
-                stream.load_state(self._saved_streams[index])
-            except (PositionError, RestoreError):
-                if wanted is not None:
-                    raise
-                log.debug("loader %d is another one than before", index)
-        self.streams.append(stream)
-        return index, stream
+        Raises LoopOver if the saved run had left this loop behind.
+        """
+        counted = self._leave_loop()
+        if self._saved is None:
+            loop.ordinal = self.place.loops
+            self.place.loops += 1
+            self.loop = loop
+            if counted:
+                self._boundary(last=False, epoch_end=False)
+            return None
+        loop.ordinal = self._loops_passed
+        self._loops_passed += 1
+        if self._saved_loop is None or loop.ordinal < self._saved_loop["ordinal"]:
+            raise LoopOver
+        self.loop = loop
+        return self._saved_loop
+
+    def enter_epochs(self) -> None:
+        """A loop over epochs begins; an epoch that was left by a `break` has ended."""
+        if self._saved is None and self.place.in_epoch:
+            self.leave_epoch(self.place.epoch + 2)
+
+    def enter_epoch(self) -> None:
+        """An epoch begins, or goes on where it was saved."""
+        if not self.place.in_epoch:
+            self.place.in_epoch, self.place.loops = True, 0
+        self.streams.begin_epoch()
+        if self._saved_loop is None:
+            self.arrive()
+
+    def leave_epoch(self, total: int) -> None:
+        """An epoch has ended, validation included: a boundary of its own."""
+        self._leave_loop()
+        self.place.in_epoch = False
+        self._end_epoch()
+        self.place.loops = 0
+        last = self.place.epoch >= total or self.place.stopped is not None
+        if last or not self.midway():
+            self._boundary(last=last, epoch_end=True)
+        self.metrics.next_state()
+
+    def leave_pass(self) -> None:
+        """A loop without epochs has been through its data once."""
+        if not self.place.in_epoch:
+            self._end_epoch()
+            if not self.midway():
+                self._boundary(last=False, epoch_end=True)
+
+    def leave_loop(self, loop: Loop) -> None:
+        """A loop has come to its end."""
+        self._lap = None
+        if self.loop is loop:
+            self.loop = None
+
+    def _leave_loop(self) -> bool:
+        """Leave a loop that was left by a `break`: True if its last body counts as a step."""
+        loop, self.loop = self.loop, None
+        self._lap = None
+        if loop is None or not loop.settle():
+            return False
+        self.place.step += 1
+        return True
+
+    def _end_epoch(self) -> None:
+        place = self.place
+        self.metrics.end_epoch(place.epoch, place.step, self.watch.learning_rate())
+        place.epoch += 1
+        place.batch = 0
 
     # ------------------------------------------------------------------ boundaries
 
@@ -157,21 +205,10 @@ class Course:
         if self._lap is None:
             self._lap = time.monotonic()
 
-    def end_steps(self) -> None:
-        """A loop is over; what follows is not a step."""
-        self._lap = None
-
     def enter_body(self) -> None:
         """A batch goes out to the script."""
         self.in_body = True
         self.metrics.next_state()
-
-    def settle(self) -> None:
-        """Whatever comes next, the body of the loop at hand has ended."""
-        if self.loop is not None:
-            loop, self.loop = self.loop, None
-            loop.settle()
-            self.end_steps()
 
     def midway(self) -> bool:
         """Whether this is no boundary after all, because gradients are half gathered."""
@@ -190,16 +227,17 @@ class Course:
         self.place.step += 1
         self._boundary(last=last, epoch_end=False)
 
-    def epoch_boundary(self, total: int) -> None:
-        """An epoch has ended, validation included."""
-        place = self.place
-        self.metrics.end_epoch(place.epoch, place.step, self.watch.learning_rate())
-        place.epoch += 1
-        place.batch = place.loops = 0
-        place.in_epoch = False
-        last = place.epoch >= total or place.stopped is not None
-        if last or not self.midway():
-            self._boundary(last=last, epoch_end=True)
+    def mark_boundary(self) -> None:
+        """The script marks a boundary by hand."""
+        if self.in_body:
+            raise RuntimeError(
+                "run.boundary() inside run.batches() or run.steps(): there the boundary is where "
+                "the body of the loop ends"
+            )
+        if self._saved is not None:  # in place since `attach`; the script has trained on from it
+            self._saved = self._saved_loop = None
+            self.session.restored()
+        self.step_boundary()
         self.metrics.next_state()
 
     def ask_to_save(self) -> None:
@@ -211,41 +249,35 @@ class Course:
             self._productive += now - self._lap
         self.in_body = False
         self.watch.settled()
-        self.give_up_return()
         board, plan = self.session.board, self.session.plan
         if not epoch_end and board.first_step_ns == 0:
             board.first_step_ns = time.monotonic_ns()
         self._show()
-        if plan.hold_at_step is not None and not self._held:
-            if self.place.step >= plan.hold_at_step:
-                self._held = True
-                self.session.hold()
+        hold = plan.hold_at_step
+        if hold is not None and not self._held and self.place.step >= hold:
+            self._held = True
+            self.session.hold()
         asked = self.session.asked()
         triggers = self._triggers(last=last, epoch_end=epoch_end)
         if asked is not None:
             triggers.add(asked.why.trigger)
-        if triggers or epoch_end or self.place.step % plan.snapshot_steps == 0:
+        if triggers or epoch_end or _divides(plan.snapshot_steps, self.place.step):
             self._snapshot(triggers)
         if last:
             board.finished = 1
         if asked is not None:
             self.session.obeyed(asked)
             if asked.kind is Request.SAVE_AND_STOP:
-                raise Preempted(asked.why.trigger)
+                interrupt = asked.why is Why.INTERRUPT
+                code = self.session.interrupt_code if interrupt else PREEMPTED
+                raise Preempted(asked.why.trigger, code)
         if self._lap is not None:
             self._lap = time.monotonic()
 
     def _triggers(self, *, last: bool, epoch_end: bool) -> set[str]:
-        plan, triggers = self.session.plan, set()
-        if plan.every_minutes is not None:
-            if time.monotonic() - self._last_save >= 60 * plan.every_minutes:
-                triggers.add("interval")
-        if plan.every_steps is not None and not epoch_end:
-            if self.place.step % plan.every_steps == 0:
-                triggers.add("interval")
-        if plan.every_epochs is not None and epoch_end:
-            if self.place.epoch % plan.every_epochs == 0:
-                triggers.add("interval")
+        triggers = set()
+        if self._interval_is_over(epoch_end=epoch_end):
+            triggers.add("interval")
         if self._is_best():
             triggers.add("best")
         if self._ask_to_save:
@@ -253,6 +285,15 @@ class Course:
         if last:
             triggers.add("final")
         return triggers
+
+    def _interval_is_over(self, *, epoch_end: bool) -> bool:
+        plan, place = self.session.plan, self.place
+        since = time.monotonic() - self._last_save
+        return (
+            (plan.every_minutes is not None and since >= 60 * plan.every_minutes)
+            or (not epoch_end and _divides(plan.every_steps, place.step))
+            or (epoch_end and _divides(plan.every_epochs, place.epoch))
+        )
 
     def _is_best(self) -> bool:
         """Whether the metric, logged for just this state, is among the best so far."""
@@ -294,13 +335,15 @@ class Course:
             self._last_save = time.monotonic()
 
     def _progress(self) -> Mapping[str, Any]:
-        loop = None if self.loop is None else self.loop.state()
+        loop = None
+        if self.loop is not None:
+            loop = {"ordinal": self.loop.ordinal, **self.loop.state()}
         return {
             "place": dict(vars(self.place)),
             "metrics": self.metrics.state(),
             "best": self._best,
-            "streams": [stream.state() for stream in self.streams],
-            "loop": loop if loop is None else {"ordinal": self.loop.ordinal, **loop},
+            "streams": self.streams.state(),
+            "loop": loop,
         }
 
     def _show(self) -> None:
@@ -308,3 +351,7 @@ class Course:
         board.step, board.epoch, board.batch = self.place.step, self.place.epoch, self.place.batch
         board.productive_us = int(1e6 * self._productive)
         self.session.alive()
+
+
+def _divides(interval: int | None, count: int) -> bool:
+    return interval is not None and count % interval == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import logging
 import os
@@ -21,6 +22,7 @@ from runner.checkpoint.format import FileImage
 from runner.checkpoint.keeper import read_restore
 from runner.checkpoint.manifest import Moment, moment_from_json
 from runner.errors import RestoreError, SpoolError
+from runner.exitcodes import PREEMPTED
 from runner.plan import Plan
 from runner.spool import Board, Marker, RankSpool, Request, Why, open_slot, read_json
 from runner.training.snapshot import SnapshotWriter
@@ -43,11 +45,15 @@ class Asked:
 
 @dataclass(frozen=True)
 class SavedState:
-    """A checkpoint as it lies in memory: where it was taken, its tree, its tensors."""
+    """A checkpoint as it lies in memory: where it was taken, its tree, its tensors.
+
+    `components` names those that a new run begins with; empty where the whole run goes on.
+    """
 
     moment: Moment
     document: Mapping[str, Any]
     source: TensorSource
+    components: list[str]
 
 
 class Session:
@@ -64,8 +70,11 @@ class Session:
         self._facts = trainer_facts()
         self._saves = 0
         self._fetches = 0
+        self.interrupt_code = PREEMPTED
         if supervised:
             _leave_signals_to_the_supervisor()
+            # The supervisor's way to ask where the threads of a hung trainer are.
+            faulthandler.register(signal.SIGRTMIN, all_threads=True)
 
     # ------------------------------------------------------------------ progress
 
@@ -148,7 +157,8 @@ def _open(path: Path, marker: Marker) -> SavedState:
         raise SpoolError(f"{path} cannot be restored from: {error}") from error
     if document.get("version") != 1:
         raise RestoreError(f"state.json has version {document.get('version')!r}, not 1")
-    return SavedState(moment, document, TensorSource(memory, images))
+    components = list(marker.facts.get("components", ()))
+    return SavedState(moment, document, TensorSource(memory, images), components)
 
 
 def trainer_facts() -> dict[str, Any]:

@@ -2,15 +2,14 @@
 
 | kind | what | at a resume |
 |---|---|---|
-| `map` | `DataLoader` over indices | finished batches are skipped by index, nothing is loaded |
-| `iterable` | `DataLoader` over an `IterableDataset` | finished batches are read again and dropped |
-| `sequence` | list, tuple, range, `collections.abc.Sequence` | skipped by index |
-| `stateful` | has `state_dict` and `load_state_dict` | loads its own state |
-| `replayed` | any other iterable | finished items are read again and dropped |
+| `map` | a `DataLoader` (see `twin`) | finished batches are skipped by index |
+| `iterable` | a `DataLoader` over an `IterableDataset` | they are read again and dropped |
+| `sequence` | list, tuple, range, `collections.abc.Sequence` | they are skipped by index |
+| `stateful` | what has `state_dict` and `load_state_dict` | it loads its own state |
+| `replayed` | any other iterable | they are read again and dropped |
 
-A `Source` belongs to the run; a `Reading` is one pass over it. Randomness in loading never touches
-the streams of the loop's body: see `order` for `DataLoader`s; the other kinds are read inside a
-guard, each item with a seed of its own.
+A `Source` belongs to the run; a `Reading` is one pass over it. What loading draws never touches the
+streams of the loop's body. Here, each item is read inside a guard, with a seed of its own.
 """
 
 from __future__ import annotations
@@ -18,126 +17,25 @@ from __future__ import annotations
 import logging
 import weakref
 from abc import ABC, abstractmethod
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Final
 
-import torch
-import torch.utils.data
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SubsetRandomSampler
-from torch.utils.data import WeightedRandomSampler as WeightedSampler
+from torch.utils.data import (
+    DataLoader,
+    RandomSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 from runner.errors import PositionError, RestoreError, UsageError
-from runner.training.order import (
-    Indices,
-    Order,
-    generators_of,
-    has_state_dict,
-    index_sampler,
-    reseed,
-    stateful_samplers_of,
-    wrapped_datasets,
-)
-from runner.training.rng import (
-    Generator,
-    KeepStreams,
-    capture_rng,
-    derive_seed,
-    draw_seed,
-    generator_state,
-    restore_rng,
-    restore_streams,
-    same_state,
-    seed_process,
-    set_generator_state,
-)
+from runner.training.rng import KeepStreams, derive_seed, draw_seed, seed_process
+from runner.training.samplers import Generators
+from runner.training.seeding import reseed
 
 log = logging.getLogger(__name__)
 
-_SEQUENCE_ITERS = (list.__iter__, tuple.__iter__, range.__iter__, Sequence.__iter__)
-_BUILTIN_SEQUENCES = (list, tuple, range)
-
-
-def source_of(loader: Iterable[Any]) -> Source:
-    """The source that fits what the script iterates over. Changes and draws nothing."""
-    if has_state_dict(loader):
-        return StatefulSource(loader)
-    if isinstance(loader, DataLoader):
-        return LoaderSource(loader)
-    if isinstance(loader, Sequence) and type(loader).__iter__ in _SEQUENCE_ITERS:
-        return SequenceSource(loader)
-    return ReplayedSource(loader)
-
-
-class Reading(ABC):
-    """One opened pass."""
-
-    lost_one = False
-    """Whether an exception out of `read` has used up a batch, as it does in a plain loader."""
-    closed = False
-
-    @abstractmethod
-    def read(self) -> Any:
-        """The next batch. StopIteration at the end; the loop's streams stay as they are."""
-
-    def finish(self) -> None:  # noqa: B027 - most kinds have nothing to note
-        """All batches that were read are done."""
-
-    @abstractmethod
-    def state(self) -> dict[str, Any]:
-        """Plain values with which `Source.open` can go on after the last finished batch."""
-
-    def close(self) -> None:
-        """Let go of the iterator."""
-        self.closed = True
-
-
-class Source(ABC):
-    """What batches come from, over the whole run."""
-
-    kind: ClassVar[str]
-
-    def __init__(self, loader: Any) -> None:
-        self.loader = loader
-        self._reading: weakref.ref[Reading] | None = None
-
-    @abstractmethod
-    def start(self, saved: Mapping[str, Any] | None, done: int) -> Reading:
-        """Begin a pass, or go on with the saved one after `done` finished batches."""
-
-    def open(self, saved: Mapping[str, Any] | None, done: int) -> Reading:
-        """`start`, remembering that a pass is under way."""
-        reading = self.start(saved, done)
-        self._reading = weakref.ref(reading)
-        return reading
-
-    @property
-    def reading(self) -> bool:
-        """Whether a pass is under way. Its own state counts then, not that of the source."""
-        reading = None if self._reading is None else self._reading()
-        return reading is not None and not reading.closed
-
-    def fingerprint(self) -> dict[str, Any]:
-        """By what the same source is known in the next process."""
-        return {
-            "kind": self.kind,
-            "batch_size": None,
-            "length": length_of(self.loader),
-            "dataset_length": None,
-            "sampler": None,
-        }
-
-    def state(self) -> dict[str, Any]:
-        """What the next pass depends on."""
-        return {}
-
-    def load_state(self, saved: Mapping[str, Any]) -> None:  # noqa: B027 - nothing by default
-        """Take over what `state` returned in an earlier process."""
-
-    def __str__(self) -> str:
-        dataset = getattr(self.loader, "dataset", None)
-        over = "" if dataset is None else f" over {type(dataset).__name__}"
-        return type(self.loader).__name__ + over
+_BY_INDEX: Final = (list.__iter__, tuple.__iter__, range.__iter__, Sequence.__iter__)
+_PLAIN: Final = (list, tuple, range)
 
 
 def length_of(value: Any) -> int | None:
@@ -148,240 +46,260 @@ def length_of(value: Any) -> int | None:
         return None
 
 
-# ---------------------------------------------------------------- torch's DataLoader
+def is_indexed(value: Any) -> bool:
+    """Whether iterating is the same as going through the indices."""
+    return isinstance(value, Sequence) and type(value).__iter__ in _BY_INDEX
 
 
-class LoaderSource(Source):
-    """A `DataLoader`, read through a twin of it that takes its indices from an `Order`.
+class Reading(ABC):
+    """One pass that has been opened."""
 
-    The script's loader is never changed. The twin is a shallow copy, so that subclasses and every
-    option keep working; it owns the persistent workers.
-    """
+    closed = False
+    lost_one = False
+    """Whether the exception that came out of `read` has used up a batch."""
 
-    def __init__(self, loader: DataLoader[Any]) -> None:
-        super().__init__(loader)
-        self._iterable = isinstance(loader.dataset, IterableDataset)
-        self.kind = "iterable" if self._iterable else "map"  # type: ignore[misc]
-        self._indices = Indices(index_sampler(loader))
-        self._twin = object.__new__(type(loader))
-        self._seen: dict[str, Any] = {}
-        self._passes = 0
-        self._reseeded: list[bool] | None = None
-        """Which generators the script seeds anew for each pass; None before the second pass."""
+    @abstractmethod
+    def read(self) -> Any:
+        """The next batch, or StopIteration. The streams of the loop's body stay as they are."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Any]:
+        """Plain values from which `Source.open` goes on after the last finished batch."""
+
+    def finish(self) -> None:  # noqa: B027 - most kinds have nothing to note
+        """All batches that were read are finished."""
+
+    def close(self) -> None:
+        """Let go of the iterator."""
+        self.closed = True
+
+
+class Source(ABC):
+    """What batches come from, over the whole run."""
+
+    kind: str
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+        self._reading: weakref.ref[Reading] | None = None
+
+    def open(self, saved: Mapping[str, Any] | None, done: int) -> Reading:
+        """Begin a pass, or go on with a saved one after `done` finished batches."""
+        reading = self.start(saved, done)
+        self._reading = weakref.ref(reading)
+        return reading
+
+    @abstractmethod
+    def start(self, saved: Mapping[str, Any] | None, done: int) -> Reading:
+        """What `open` does for this kind."""
+
+    @property
+    def being_read(self) -> bool:
+        """Whether a pass is under way: then its state counts, not that of the source."""
+        reading = None if self._reading is None else self._reading()
+        return reading is not None and not reading.closed
 
     def fingerprint(self) -> dict[str, Any]:
-        loader, sampler = self.loader, index_sampler(self.loader)
-        inner = getattr(sampler, "sampler", None)
-        size = loader.batch_size
+        """By what the same source is known in the next process."""
         return {
             "kind": self.kind,
-            "batch_size": getattr(sampler, "batch_size", None) if size is None else size,
-            # Asking an iterable loader for its length makes it warn about that length later.
-            "length": None if self._iterable else length_of(sampler),
-            "dataset_length": length_of(loader.dataset),
-            "sampler": type(sampler).__name__ + (f"({type(inner).__name__})" if inner else ""),
+            "batch_size": None,
+            "dataset_length": None,
+            "length": length_of(self.loader),
+            "sampler": None,
         }
 
     def state(self) -> dict[str, Any]:
-        lasting = {"worker_seed": self._indices.worker_seed, "reseeded": self._reseeded}
-        if self.reading:
-            return lasting
-        return {
-            **lasting,
-            "generators": [generator_state(g) for g in self._generators()],
-            "samplers": [sampler.state_dict() for sampler in stateful_samplers_of(self.loader)],
-        }
+        """What the next pass depends on."""
+        return {}
 
-    def load_state(self, saved: Mapping[str, Any]) -> None:
-        self._indices.worker_seed = saved["worker_seed"]
-        self._reseeded = saved["reseeded"]
-        if "generators" in saved:
-            generators = self._generators()
-            _require_as_many("random generators", saved["generators"], generators)
-            for i, (generator, state) in enumerate(
-                zip(generators, saved["generators"], strict=True)
-            ):
-                if not self._script_seeds(i, generator, state):
-                    set_generator_state(generator, state)
-            self._load_samplers(saved["samplers"])
+    def load_state(self, saved: Mapping[str, Any]) -> None:  # noqa: B027 - nothing to load
+        """Take over what `state` returned in an earlier process."""
 
-    def start(self, saved: Mapping[str, Any] | None, done: int) -> Reading:
-        loader = self.loader
-        if saved is not None and self._iterable and saved["workers"] != loader.num_workers:
-            raise PositionError(
-                f"{self} was read by {saved['workers']} workers when this pass began, and has "
-                f"{loader.num_workers} now: which worker reads what depends on it; set "
-                f"num_workers={saved['workers']} until the pass has ended"
-            )
-        generators = self._generators()
-        if saved is None:
-            begin = {
-                "rng": capture_rng(),
-                "generators": [generator_state(g) for g in generators],
-                "samplers": [sampler.state_dict() for sampler in stateful_samplers_of(loader)],
-            }
-            self._watch(generators)
-        else:
-            begin = saved["begin"]
-            _require_as_many("random generators", begin["generators"], generators)
-            restore_rng(begin["rng"])
-            _set_generators(generators, begin["generators"])
-            self._load_samplers(begin["samplers"])
-            self._indices.worker_seed = saved["worker_seed"]
-            self._reseeded = saved["reseeded"]
-        self._passes += 1
-        self._refresh_twin()
-        if saved is None and self._passes == 1:
-            self._announce()
-
-        skip, checksum = (0, 0) if saved is None or self._iterable else (done, saved["checksum"])
-        order = Order(loader, skip, checksum)
-        reading = LoaderReading(self, self._twin, self._indices, order, begin)
-        if self._twin.persistent_workers and self._indices.worker_seed is None:
-            self._indices.worker_seed = order.seed
-        if saved is not None:
-            if order.seed != saved["seed"]:
-                raise PositionError(
-                    f"{self} draws another seed than when this pass began; "
-                    "give it the same generator and sampler as then"
-                )
-            if self._iterable:
-                reading.read_again(done)
-            _set_generators(generators, saved["generators"])
-        elif order.live is not None:
-            restore_streams(order.live)
-        return reading
-
-    def pass_state(self, order: Order) -> dict[str, Any]:
-        """The part of a reading's state that this source knows."""
-        return {
-            "seed": order.seed,
-            "workers": self.loader.num_workers,
-            "worker_seed": self._indices.worker_seed,
-            "reseeded": self._reseeded,
-            "generators": [generator_state(g) for g in self._generators()],
-        }
-
-    def _generators(self) -> list[Generator]:
-        return generators_of(self.loader, index_sampler(self.loader))
-
-    def _load_samplers(self, states: Sequence[Any]) -> None:
-        samplers = stateful_samplers_of(self.loader)
-        _require_as_many("samplers with a state_dict", states, samplers)
-        for sampler, state in zip(samplers, states, strict=True):
-            sampler.load_state_dict(state)
-
-    def _refresh_twin(self) -> None:
-        """Bring over what the script has changed in its loader since the last pass."""
-        loader, twin = self.loader, self._twin.__dict__
-        for name, value in vars(loader).items():
-            if name not in self._seen or self._seen[name] is not value:
-                if name != "_iterator":
-                    twin[name] = value
-        self._seen = dict(vars(loader))
-        twin.setdefault("_iterator", None)
-        # Into __dict__, because DataLoader.__setattr__ refuses these names.
-        twin["sampler" if loader.batch_sampler is None else "batch_sampler"] = self._indices
-        # Where the loader's machinery makes its tensors, for set_default_device.
-        generator = torch.Generator(device=torch.empty(0).device)
-        if isinstance(loader.dataset, getattr(torch.utils.data, "IterDataPipe", ())):
-            generator.manual_seed(draw_seed(loader.generator))  # its shared seed comes first
-        twin["generator"] = self._indices.worker_generator = generator
-        twin["in_order"] = True
-        if self._iterable:
-            twin["persistent_workers"] = False
-
-    def _announce(self) -> None:
-        """Say at the first pass what is done otherwise than asked for, and what is not exact."""
-        loader = self.loader
-        if loader.num_workers and not getattr(loader, "in_order", True):
-            log.warning(
-                "%s: in_order=False would make the order depend on which worker is faster; "
-                "batches come in order instead",
-                self,
-            )
-        if loader.persistent_workers and self._iterable:
-            log.warning(
-                "%s: the workers of an iterable data set are started anew for each pass, because "
-                "what they keep from one pass to the next could not be restored",
-                self,
-            )
-        held = {id(generator) for generator in self._generators()}
-        for path, generator in _own_generators(loader.dataset, "dataset"):
-            if id(generator) not in held:
-                log.warning(
-                    "%s: %s is a random number generator of its own, so what it draws is not "
-                    "the same after a resume; give the data set a method reseed(seed: int), or "
-                    "draw from torch, numpy.random or random",
-                    self,
-                    path,
-                )
-
-    def _watch(self, generators: list[Generator]) -> None:
-        """Notice whether the script seeds a generator before each pass."""
-        if self._passes and not self.reading:
-            self._reseeded = [_freshly_seeded(generator) for generator in generators]
-
-    def _script_seeds(self, index: int, generator: Generator, state: Any) -> bool:
-        """Whether what a generator holds now is what the script wants for the next pass."""
-        if self._reseeded is not None and index < len(self._reseeded):
-            return self._reseeded[index]
-        if not isinstance(generator, torch.Generator) or not _freshly_seeded(generator):
-            return False
-        saved = torch.Generator(device=generator.device)
-        set_generator_state(saved, state)
-        return saved.initial_seed() != generator.initial_seed()
+    def __str__(self) -> str:
+        dataset = getattr(self.loader, "dataset", None)
+        over = "" if dataset is None else f" over {type(dataset).__name__}"
+        return type(self.loader).__name__ + over
 
 
-class LoaderReading(Reading):
-    """One pass over the twin of a loader."""
+class ItemReading(Reading):
+    """Reads an iterator item by item, each with its own seed (none without `seed`)."""
 
     def __init__(
         self,
-        source: LoaderSource,
-        twin: DataLoader[Any],
-        indices: Indices,
-        order: Order,
-        begin: dict[str, Any],
+        source: Source,
+        make_iterator: Callable[[], Iterator[Any]],
+        seed: int | None,
+        number: int,
+        extra: Callable[[], dict[str, Any]] = dict,
     ) -> None:
-        self._source, self._order, self._begin = source, order, begin
-        self._ahead: deque[Any] = deque()
-        self._number = 0
-        self._checksum_read = 0
-        # A subclass with an __iter__ of its own may draw in this process, and may hand out
-        # something else than one batch per batch of its sampler.
-        self._own_iter = type(twin).__iter__ is not DataLoader.__iter__
-        self._in_workers = twin.num_workers > 0
-        indices.order = order
-        self._iterator: Iterator[Any] | None = iter(twin)
-        if not order.begun:  # __iter__ is a generator function: it runs at the first `next`
-            self._ahead.extend(self._first())
-        if order.failure is not None:
-            self.close()
-            raise order.failure
-        self._checksum_read = self._checksum = order.mark.checksum
+        self._dataset = getattr(source.loader, "dataset", source.loader)
+        self._seed, self._number, self._extra = seed, number, extra
+        with KeepStreams():
+            if seed is not None:
+                seed_process(derive_seed("main", seed, number))
+            self._iterator: Iterator[Any] = make_iterator()
 
     def read(self) -> Any:
-        if self._ahead:
-            self._order.hand_out()
-            return self._ahead.popleft()
-        if self._iterator is None:
-            raise StopIteration
-        pulled = self._order.pulled
+        if self._seed is None:
+            return next(self._iterator)
+        number, self._number = self._number, self._number + 1
+        with KeepStreams():
+            reseed(self._dataset, seed_process(derive_seed("item", self._seed, number)))
+            try:
+                return next(self._iterator)
+            except StopIteration:
+                self.closed = True
+                raise
+            except BaseException:
+                self.lost_one = True
+                raise
+
+    def state(self) -> dict[str, Any]:
+        return {"seed": self._seed, **self._extra()}
+
+    def close(self) -> None:
+        super().close()
+        self._iterator = iter(())
+
+
+class SequenceSource(Source):
+    """Something with an index: the position is the index."""
+
+    kind = "sequence"
+
+    def start(self, saved: Mapping[str, Any] | None, done: int) -> Reading:
+        # What is in a plain list is there already; a Sequence may make its items as they are asked.
+        if type(self.loader) in _PLAIN:
+            seed = None
+        else:
+            seed = draw_seed() if saved is None else saved["seed"]
+        return ItemReading(self, lambda: _items(self.loader, done), seed, done)
+
+
+def _items(sequence: Sequence[Any], start: int) -> Iterator[Any]:
+    index = start
+    while True:
         try:
-            batch = self._next()
+            item = sequence[index]
+        except IndexError:  # what ends a plain iteration as well
+            return
+        yield item
+        index += 1
+
+
+class ReplayedSource(Source):
+    """An iterable that nothing is known about: its position is found by reading it again."""
+
+    kind = "replayed"
+
+    def __init__(self, loader: Any) -> None:
+        super().__init__(loader)
+        self._used = False
+
+    def start(self, saved: Mapping[str, Any] | None, done: int) -> Reading:
+        self._require_unused()
+        generators = Generators(self.loader)
+        if saved is None:
+            begin, seed = generators.states(), draw_seed()
+        else:
+            begin, seed = saved["generators"], saved["seed"]
+            generators.set(begin)
+            log.warning(
+                "%s cannot be skipped by index: its first %d items are read again and dropped; "
+                "exact only if it gives the same items again",
+                self,
+                done,
+            )
+        reading = ItemReading(
+            self, lambda: iter(self.loader), seed, 0, lambda: {"generators": begin}
+        )
+        read_again(reading, done)
+        return reading
+
+    def _require_unused(self) -> None:
+        one_shot = isinstance(self.loader, Iterator) and not hasattr(self.loader, "reset")
+        if one_shot and self._used:
+            raise UsageError(
+                f"a {self} is its own iterator and can be gone through once only: make a new one "
+                "for each pass, or give an object whose iter() starts again"
+            )
+        self._used = True
+
+
+class StatefulSource(Source):
+    """A loader that saves and loads its own position, such as torchdata's StatefulDataLoader."""
+
+    kind = "stateful"
+
+    def __init__(self, loader: Any) -> None:
+        super().__init__(loader)
+        self._loaded: Any = None
+        self._passes = 0
+
+    def state(self) -> dict[str, Any]:
+        # Before the first pass, asking could make it start its workers.
+        if self.being_read or not self._passes:
+            return {"loader": self._loaded}
+        return {"loader": self._own_state()}
+
+    def load_state(self, saved: Mapping[str, Any]) -> None:
+        self._loaded = saved["loader"]
+        if self._loaded is not None:
+            self._load(self._loaded)
+
+    def start(self, saved: Mapping[str, Any] | None, done: int) -> Reading:
+        if saved is None:
+            self._require_own_randomness()
+            seed = draw_seed()
+        else:
+            seed = saved["seed"]
+            self._load(saved["loader"])
+            if getattr(self.loader, "num_workers", 0):
+                log.warning(
+                    "%s continues from its own state: what its workers draw at random is not the "
+                    "same as without the interruption; a plain DataLoader resumes exactly",
+                    self,
+                )
+        self._loaded = None
+        self._passes += 1
+        return ItemReading(
+            self, lambda: iter(self.loader), seed, done, lambda: {"loader": self._own_state()}
+        )
+
+    def _own_state(self) -> Any:
+        with KeepStreams():
+            return self.loader.state_dict()
+
+    def _load(self, state: Any) -> None:
+        try:
+            self.loader.load_state_dict(state)
+        except Exception as error:
+            raise RestoreError(f"{self} did not load its saved state: {error!r}") from error
+
+    def _require_own_randomness(self) -> None:
+        """torchdata saves the generator of its own samplers, but not what torch's draw from."""
+        sampler = getattr(self.loader, "sampler", None)
+        if isinstance(self.loader, DataLoader) and type(sampler) in (
+            RandomSampler,
+            SubsetRandomSampler,
+            WeightedRandomSampler,
+        ):
+            raise UsageError(
+                f"{self} does not save the randomness of its {type(sampler).__name__}, so it would "
+                "continue in another order; use torch's DataLoader, which resumes exactly, or "
+                "shuffle=True in the place of the sampler"
+            )
+
+
+def read_again(reading: Reading, count: int) -> None:
+    """Read and drop what an earlier process has finished."""
+    for number in range(count):
+        try:
+            reading.read()
         except StopIteration:
-            self._refuse_other_threads()
-            self._order.hand_back()
-            self.close()
-            raise
-        except Exception:
-            self.lost_one = self._order.ended or self._order.pulled > pulled
-            if self.lost_one:
-                self._checksum_read = self._order.hand_out().checksum
-            raise
-        self._refuse_other_threads()
-        if self._own_iter and self._number > 1 and not self._order.ended:
-            self._require_one(self._order.pulled - pulled)
-        self._checksum_read = self._order.hand_out().checksum
-        return batch
+            raise PositionError(
+                f"{count} batches of this pass were finished, and the data ends after {number} now"
+            ) from None
+        except Exception as error:  # noqa: BLE001 - it counted as a batch then, and does now
+            log.warning("batch %d failed while it was read again: %r", number, error)

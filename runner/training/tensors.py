@@ -108,6 +108,7 @@ class TensorSource:
     """The tensors of a checkpoint that lies in memory."""
 
     def __init__(self, memory: memoryview, images: Sequence[FileImage]) -> None:
+        self.memory, self.images = memory, images
         self._files: dict[str, tuple[memoryview, dict[str, TensorRange]]] = {}
         for image in images:
             if image.name.endswith(fmt.TENSOR_SUFFIX):

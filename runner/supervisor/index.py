@@ -1,0 +1,71 @@
+"""The runs that were started on this machine, so that `runner status` finds them by name.
+
+    $RUNNER_HOME/runs/<run>-<hash of the store>.json     one run
+    $RUNNER_HOME/logs/<run>-<hash of the store>/000001.log   what an attempt printed
+
+Nothing here is needed to continue a run: that is the store's part.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+HOME_VARIABLE = "RUNNER_HOME"
+SPOOL_ROOT_VARIABLE = "RUNNER_SPOOL_ROOT"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a run of this machine keeps its things."""
+
+    run_id: str
+    store: str
+    spool: str
+    logs: str
+    started_at: str
+
+
+def home() -> Path:
+    """`RUNNER_HOME`, or the user's state folder as the XDG base directory specification has it."""
+    given = os.environ.get(HOME_VARIABLE)
+    if given:
+        return Path(given)
+    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(state) / "runner"
+
+
+def logs_of(run_id: str, store: str) -> Path:
+    return home() / "logs" / _key(run_id, store)
+
+
+def remember(entry: Entry) -> None:
+    """Write the entry, over an older one of the same run. Does nothing where it cannot."""
+    path = home() / "runs" / f"{_key(entry.run_id, entry.store)}.json"
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(asdict(entry)))
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+
+
+def entries() -> list[Entry]:
+    """All runs of this machine, the newest first."""
+    known = {field.name for field in fields(Entry)}
+    found = []
+    for path in (home() / "runs").glob("*.json"):
+        try:
+            document = json.loads(path.read_text())
+            found.append(Entry(**{k: v for k, v in document.items() if k in known}))
+        except (OSError, ValueError, TypeError, AttributeError):
+            continue  # an entry that is being replaced, or is of another version
+    return sorted(found, key=lambda entry: entry.started_at, reverse=True)
+
+
+def _key(run_id: str, store: str) -> str:
+    return f"{run_id}-{hashlib.sha256(store.encode()).hexdigest()[:8]}"

@@ -1,0 +1,394 @@
+"""The supervisor: one loop that owns all changes of state.
+
+Signal handlers, the clerk and the watcher of the spool only put events into its queue; `machine`
+says what they mean; the actions are carried out here. It never imports torch.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import queue
+import signal
+import socket
+import threading
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from watchdog.events import FileMovedEvent, FileSystemEvent, FileSystemEventHandler
+from watchdog.observers import Observer
+from watchdog.observers.api import BaseObserver
+
+from runner.checkpoint.archive import Archive
+from runner.checkpoint.attempts import Ledger, utc_now
+from runner.checkpoint.keeper import Keeper, Origin, Saved
+from runner.checkpoint.persist import Persister
+from runner.checkpoint.provenance import collect
+from runner.checkpoint.retention import Keep
+from runner.errors import RunnerError, UsageError
+from runner.job import Job, resolved_command
+from runner.launch.process import TrainerProcess, build_environment
+from runner.plan import BestMetric, Plan
+from runner.spool import Spool, Why
+from runner.store import Store
+from runner.supervisor import index, machine
+from runner.supervisor.clerk import Clerk
+from runner.supervisor.output import Output
+from runner.supervisor.reaper import become_subreaper, reap_orphans
+
+log = logging.getLogger(__name__)
+
+HOLD_VARIABLE = "RUNNER_HOLD_AT_STEP"
+_TICK_SECONDS = 0.02
+_CLERK_SECONDS = 30.0
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGUSR2)
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What a supervisor is to run: a job, under which name, and what it begins from."""
+
+    job: Job
+    run_id: str
+    begin_at: str | None = None
+    origin: Origin | None = None
+
+
+class Supervisor:
+    """Runs one job to its end, or to the end of this node. `run` gives the exit code."""
+
+    def __init__(self, assignment: Assignment, store: Store, spool: Spool, ledger: Ledger) -> None:
+        self._assignment, self._spool, self._ledger = assignment, spool, ledger
+        job = assignment.job
+        self._job = job
+        self._events: queue.SimpleQueue[machine.Event] = queue.SimpleQueue()
+        self._provenance: dict[str, Any] = {}
+        self._rank = spool.rank
+        best = job.checkpoint.keep.best
+        persister = Persister(store, ledger, _keep(job), lambda: self._provenance)
+        self._keeper = Keeper(
+            self._rank,
+            persister,
+            Archive(store, assignment.run_id),
+            best=None if best is None else (best.metric, best.mode),
+            prefer_healthy=job.health.restore == "healthy",
+        )
+        self._clerk = Clerk(
+            self._rank,
+            self._keeper,
+            persister,
+            socket.gethostname(),
+            self._events.put,
+            self._on_saved,
+        )
+        self._store_url = store.url
+        self._logs = index.logs_of(assignment.run_id, store.url)
+        self._state, self._actions = machine.begin(_policy(job))
+        self._trainer: TrainerProcess | None = None
+        self._output: Output | None = None
+        self._output_dir = Path(store.url) / assignment.run_id / "outputs"
+        self._progress = -1
+        self._first_step_seen = self._exit_seen = False
+        self._last_saved_at: float | None = None
+        self._begin_at = assignment.begin_at
+
+    def run(self) -> int:
+        """Run until a terminal state; leave nothing of the trainer behind."""
+        become_subreaper()
+        before = {signum: signal.signal(signum, self._on_signal) for signum in _SIGNALS}
+        observer = self._watch_spool()
+        threading.Thread(target=self._collect_provenance, name="provenance", daemon=True).start()
+        self._clerk.start()
+        try:
+            self._perform(self._actions)
+            while self._state.phase not in machine.TERMINAL:
+                self._advance(self._next_event())
+        finally:
+            self._end_trainer()
+            saved = self._clerk.finish(self._seconds_left())
+            observer.stop()
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
+            self._leave(saved)
+        return self._state.exit_code
+
+    # ------------------------------------------------------------------ events
+
+    def _next_event(self) -> machine.Event:
+        """The next event, or a tick after looking around."""
+        try:
+            return self._events.get(timeout=_TICK_SECONDS)
+        except queue.Empty:
+            return self._look_around()
+
+    def _look_around(self) -> machine.Event:
+        now = time.monotonic()
+        trainer = self._trainer
+        reap_orphans([] if trainer is None else [trainer.pid])
+        if (self._spool.path / "stop").exists():
+            (self._spool.path / "stop").unlink(missing_ok=True)
+            return machine.StopAsked(now)
+        if trainer is None:
+            return machine.Tick(now)
+        code = trainer.poll()
+        if code is not None and not self._exit_seen:
+            return self._exited(code)
+        return self._progressed(now) or machine.Tick(now)
+
+    def _exited(self, code: int) -> machine.Exited:
+        self._exit_seen = True
+        board = self._clerk.board
+        step = 0 if board is None else board.step
+        self._clerk.record(exit_code=code, end_step=step, ended_at=utc_now())
+        return machine.Exited(time.monotonic(), code, self._obeyed())
+
+    def _progressed(self, now: float) -> machine.Event | None:
+        board = self._clerk.board
+        if board is None:
+            return None
+        board.supervisor_ns = time.monotonic_ns()
+        if not self._first_step_seen and board.first_step_ns:
+            self._first_step_seen = True
+            self._clerk.record(first_step_at=_wall_clock(board.first_step_ns / 1e9))
+        if board.progress == self._progress:
+            return None
+        self._progress = board.progress
+        return machine.Progressed(now, board.phase)
+
+    def _obeyed(self) -> bool:
+        board = self._clerk.board
+        return board is not None and 0 < board.request_number == board.answered
+
+    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        """Runs between two bytecodes of the main thread: it only leaves a note."""
+        now = time.monotonic()
+        if signum == signal.SIGTERM:
+            self._events.put(machine.Notice(now, "SIGTERM", now + self._policy.grace_seconds))
+        elif signum == signal.SIGINT:
+            self._events.put(machine.Interrupt(now))
+        elif signum == signal.SIGUSR1:
+            self._events.put(machine.SaveAsked(now))
+        elif self._trainer is not None:
+            self._trainer.send_signal(signum)
+
+    @property
+    def _policy(self) -> machine.Policy:
+        return self._state.policy
+
+    def _watch_spool(self) -> BaseObserver:
+        """Wake the clerk when a marker is renamed into place; its own rounds are the fall-back."""
+        clerk = self._clerk
+
+        class OnMarker(FileSystemEventHandler):
+            def on_moved(self, event: FileSystemEvent) -> None:
+                if str(event.dest_path).endswith(".json"):
+                    clerk.look()
+
+        observer = Observer()
+        try:
+            observer.schedule(OnMarker(), str(self._rank.folder), event_filter=[FileMovedEvent])
+            observer.start()
+        except OSError as error:  # no inotify watches left
+            log.debug("the spool is looked at from time to time only: %s", error)
+        return observer
+
+    # ------------------------------------------------------------------ actions
+
+    def _advance(self, event: machine.Event) -> None:
+        before = self._state
+        self._state, actions = machine.step(before, event)
+        if isinstance(event, machine.Saved):
+            self._last_saved_at = event.at
+        if self._state.phase is not before.phase:
+            self._publish()
+        self._perform(actions)
+
+    def _perform(self, actions: list[machine.Action]) -> None:
+        for action in actions:
+            match action:
+                case machine.Claim():
+                    self._clerk.claim()
+                case machine.Restore(go_back):
+                    self._clerk.restore(go_back, self._begin_at, self._assignment.origin)
+                    self._begin_at = None
+                case machine.Launch():
+                    self._launch()
+                case machine.Ask(kind, why, deadline):
+                    self._ask(kind, why, deadline)
+                case machine.PersistNewest(triggers):
+                    self._clerk.persist_newest(triggers)
+                case machine.DumpStacks() if self._trainer is not None:
+                    self._trainer.send_signal(signal.SIGRTMIN)
+                case machine.KillTree():
+                    self._end_trainer()
+                case machine.EndAttempt(outcome, cause):
+                    self._close_record(outcome, cause)
+                case machine.Say(message, is_error):
+                    log.log(logging.ERROR if is_error else logging.INFO, "%s", message)
+
+    def _launch(self) -> None:
+        job, attempt = self._job, self._attempt
+        self._progress, self._first_step_seen, self._exit_seen = -1, False, False
+        self._spool.write_plan(self._plan(attempt).to_json())
+        own = {
+            "RUNNER_RUN_ID": self._assignment.run_id,
+            "RUNNER_ATTEMPT": str(attempt),
+            "RUNNER_SPOOL": str(self._spool.path),
+            "RUNNER_PARAMS": json.dumps(self._assignment.job.params),
+            "RUNNER_OUTPUT_DIR": str(self._output_dir),
+        }
+        environment = build_environment(os.environ, own, job.env)
+        environment.setdefault("PYTHONUNBUFFERED", "1")
+        output = Output(self._logs / f"{attempt:06d}.log", stdout=1, stderr=2)
+        try:
+            self._trainer = TrainerProcess.start(
+                resolved_command(job),
+                cwd=job.workdir,
+                env=environment,
+                stdout=output.stdout,
+                stderr=output.stderr,
+            )
+        except UsageError as error:
+            self._events.put(machine.LaunchFailed(time.monotonic(), str(error)))
+        except (RunnerError, OSError) as error:
+            self._events.put(
+                machine.PreparationFailed(time.monotonic(), f"cannot start: {error}", final=False)
+            )
+        finally:
+            output.launched()
+        self._output = output
+        self._publish()
+
+    def _ask(self, kind: Any, why: Why, deadline: float) -> None:
+        board = self._clerk.board
+        if board is not None:
+            board.ask(kind, why, int(deadline * 1e9))
+
+    def _end_trainer(self) -> None:
+        """Kill whatever is left of the attempt; it does not return before that is gone."""
+        trainer = self._trainer
+        if trainer is None:
+            return
+        remaining = trainer.kill_tree()
+        if remaining:
+            log.error("processes %s of the trainer do not die", remaining)
+            return
+        code = trainer.poll()
+        trainer.close()
+        self._trainer = None
+        if self._output is not None:
+            self._output.drain()
+            self._output = None
+        if code is not None and not self._exit_seen:
+            self._events.put(self._exited(code))
+
+    def _close_record(self, outcome: str, cause: str) -> None:
+        board = self._clerk.board
+        changes: dict[str, Any] = {"outcome": outcome, "cause": cause, "ended_at": utc_now()}
+        if board is not None:
+            changes["end_step"] = board.step
+            if board.first_step_ns:
+                changes["first_step_at"] = _wall_clock(board.first_step_ns / 1e9)
+        notice = self._state.notice_at
+        durable = self._last_saved_at
+        if notice is not None and durable is not None and durable >= notice:
+            changes["notice_to_durable_seconds"] = durable - notice
+        self._clerk.record(**changes)
+
+    # ------------------------------------------------------------------ the rest
+
+    @property
+    def _attempt(self) -> int:
+        return 0 if self._ledger.record is None else self._ledger.record.attempt
+
+    def _plan(self, attempt: int) -> Plan:
+        checkpoint, best = self._job.checkpoint, self._job.checkpoint.keep.best
+        hold = os.environ.get(HOLD_VARIABLE)
+        return Plan(
+            run_id=self._assignment.run_id,
+            attempt=attempt,
+            output_dir=str(self._output_dir),
+            every_steps=checkpoint.every.steps,
+            every_minutes=checkpoint.every.minutes,
+            every_epochs=checkpoint.every.epochs,
+            snapshot_steps=checkpoint.snapshot_every.steps,
+            slots=checkpoint.slots,
+            best=None if best is None else BestMetric(best.metric, best.mode, best.count),
+            health_metrics=tuple(self._job.health.metrics),
+            hold_at_step=int(hold) if hold else None,
+        )
+
+    def _on_saved(self, saved: Saved) -> None:
+        moment = saved.manifest.moment
+        log.info(
+            "saved %s (%s, %.1f MB in %.2f s)",
+            saved.manifest.name,
+            ", ".join(moment.triggers) or "newest state",
+            saved.manifest.nbytes / 1e6,
+            saved.persist_seconds,
+        )
+
+    def _collect_provenance(self) -> None:
+        self._provenance = collect(self._job.workdir, resolved_command(self._job))
+
+    def _publish(self) -> None:
+        """Let `runner status` see what this supervisor is doing."""
+        self._spool.publish_status(
+            {
+                "run_id": self._assignment.run_id,
+                "store": self._store_url,
+                "pid": os.getpid(),
+                "phase": self._state.phase.value,
+                "attempt": self._attempt,
+                "cause": self._state.cause,
+            }
+        )
+
+    def _seconds_left(self) -> float:
+        deadline = self._state.deadline
+        if deadline is None:
+            return _CLERK_SECONDS
+        return max(0.2, min(_CLERK_SECONDS, deadline - time.monotonic()))
+
+    def _leave(self, saved: bool) -> None:
+        """Take the spool away, unless it holds what nothing else does."""
+        if saved and not self._keeper.has_unsaved():
+            self._spool.remove()
+        else:
+            log.warning("%s keeps the newest state for the next start here", self._spool.path)
+            self._spool.close()
+
+
+def _policy(job: Job) -> machine.Policy:
+    restart = job.restart
+    return machine.Policy(
+        grace_seconds=job.preemption.grace_seconds,
+        failures=restart.failures,
+        backoff_initial_seconds=restart.backoff.initial_seconds,
+        backoff_max_seconds=restart.backoff.max_seconds,
+        hang_timeout_seconds=restart.hang_timeout_seconds,
+        never=tuple(restart.never),
+    )
+
+
+def _keep(job: Job) -> Keep:
+    keep = job.checkpoint.keep
+    best = keep.best
+    return Keep(
+        last=keep.last,
+        best_metric=None if best is None else best.metric,
+        best_mode="min" if best is None else best.mode,
+        best_count=1 if best is None else best.count,
+        every_epochs=None if keep.every is None else keep.every.epochs,
+    )
+
+
+def _wall_clock(monotonic_seconds: float) -> str:
+    """The time of day of a moment on the monotonic clock."""
+    ago = time.monotonic() - monotonic_seconds
+    return (datetime.now(UTC) - timedelta(seconds=ago)).isoformat()

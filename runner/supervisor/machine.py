@@ -1,0 +1,526 @@
+"""What a supervisor does next: one pure function over one frozen state.
+
+    STARTING ─▶ RESTORING ─▶ RUNNING ─▶ DRAINING ─▶ SUCCEEDED
+       │           ▲  │         ├─────▶ DRAINING ─▶ PREEMPTED | INTERRUPTED | STOPPED
+       │           │  │         └─────▶ STOPPING ─▶ BACKOFF | FAILED    (crash, hang, no progress)
+       │           │  │                    │           │
+       │           └──│────────────────────│───────────┘
+       └──────────────┴────────────────────┴─▶ PREEMPTED | INTERRUPTED | STOPPED | FAILED
+    any ─▶ FENCED                              (a newer supervisor has the run)
+
+DRAINING ends well: what is in the slots is made durable, then the goal is reached. STOPPING ends
+an attempt that failed: its tree is killed, its newest slot persisted, and it is started again or
+given up. Nothing here looks at a clock or touches the world; times come in with the events, in
+seconds of one monotonic clock.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from enum import Enum
+
+from runner import exitcodes
+from runner.spool import Request, Why
+
+
+class Phase(Enum):
+    STARTING = "starting"
+    RESTORING = "restoring"
+    RUNNING = "running"
+    DRAINING = "draining"
+    STOPPING = "stopping"
+    BACKOFF = "backoff"
+    SUCCEEDED = "succeeded"
+    PREEMPTED = "preempted"
+    INTERRUPTED = "interrupted"
+    STOPPED = "stopped"
+    FAILED = "failed"
+    FENCED = "fenced"
+
+
+TERMINAL = frozenset(
+    {
+        Phase.SUCCEEDED,
+        Phase.PREEMPTED,
+        Phase.INTERRUPTED,
+        Phase.STOPPED,
+        Phase.FAILED,
+        Phase.FENCED,
+    }
+)
+_EXIT_CODES = {
+    Phase.SUCCEEDED: exitcodes.FINISHED,
+    Phase.PREEMPTED: exitcodes.PREEMPTED,
+    Phase.INTERRUPTED: exitcodes.INTERRUPTED,
+    Phase.STOPPED: exitcodes.INTERRUPTED,
+    Phase.FENCED: exitcodes.FENCED,
+}
+_WHY = {
+    Phase.PREEMPTED: Why.PREEMPTION,
+    Phase.INTERRUPTED: Why.INTERRUPT,
+    Phase.STOPPED: Why.INTERRUPT,
+}
+_RETRY_SECONDS = 0.5
+_STACKS_SECONDS = 1.0  # between asking for the stacks of a hung trainer and killing it
+_IDLE_PHASES = ("after training",)  # a test after the loop gives no signs of life
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The part of the job file that the machine obeys. All durations in seconds."""
+
+    grace_seconds: float = 30.0
+    failures: int = 5
+    backoff_initial_seconds: float = 1.0
+    backoff_max_seconds: float = 60.0
+    hang_timeout_seconds: float = 600.0
+    never: tuple[int, ...] = (2,)
+
+
+# ---------------------------------------------------------------------------- events
+
+
+@dataclass(frozen=True)
+class Event:
+    at: float
+
+
+@dataclass(frozen=True)
+class Claimed(Event):
+    """The next attempt is this supervisor's."""
+
+    attempt: int
+
+
+@dataclass(frozen=True)
+class RestoreReady(Event):
+    """What the attempt begins from lies in the spool; step 0 at the start of a run."""
+
+    step: int
+
+
+@dataclass(frozen=True)
+class PreparationFailed(Event):
+    """The attempt could not be claimed or its state not fetched; `final` if trying is useless."""
+
+    reason: str
+    final: bool
+
+
+@dataclass(frozen=True)
+class LaunchFailed(Event):
+    """The command cannot be started at all."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Exited(Event):
+    """The trainer is gone; negative codes are signals. `obeyed`: it was asked to stop, and did."""
+
+    code: int
+    obeyed: bool = False
+
+
+@dataclass(frozen=True)
+class Progressed(Event):
+    """The trainer has moved since the last look; `activity` is what it says it is doing."""
+
+    activity: str
+
+
+@dataclass(frozen=True)
+class Saved(Event):
+    """A checkpoint became durable."""
+
+    step: int
+
+
+@dataclass(frozen=True)
+class Drained(Event):
+    """There is nothing newer in the slots than what is durable."""
+
+
+@dataclass(frozen=True)
+class SaveFailed(Event):
+    """The store refused; what was to be saved is still in its slot."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Notice(Event):
+    """The node will be taken away at `deadline`."""
+
+    source: str
+    deadline: float
+
+
+@dataclass(frozen=True)
+class Interrupt(Event):
+    """Somebody pressed Ctrl-C."""
+
+
+@dataclass(frozen=True)
+class StopAsked(Event):
+    """Somebody said `runner stop`."""
+
+
+@dataclass(frozen=True)
+class SaveAsked(Event):
+    """Somebody wants a checkpoint now."""
+
+
+@dataclass(frozen=True)
+class FencedOff(Event):
+    """A newer attempt is another supervisor's."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Tick(Event):
+    """Time has passed."""
+
+
+# ---------------------------------------------------------------------------- actions
+
+
+class Action:
+    """Something for the loop to do, in the order given."""
+
+
+@dataclass(frozen=True)
+class Claim(Action):
+    """Begin the next attempt in the store."""
+
+
+@dataclass(frozen=True)
+class Restore(Action):
+    """Prepare what the attempt begins from."""
+
+    go_back: int
+
+
+@dataclass(frozen=True)
+class Launch(Action):
+    """Start the trainer."""
+
+
+@dataclass(frozen=True)
+class Ask(Action):
+    """Put a request on the board."""
+
+    kind: Request
+    why: Why
+    deadline: float = 0.0
+
+
+@dataclass(frozen=True)
+class PersistNewest(Action):
+    """Make the newest complete slot durable, with these triggers; answered by `Drained`."""
+
+    triggers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class DumpStacks(Action):
+    """Make the trainer print where its threads are."""
+
+
+@dataclass(frozen=True)
+class KillTree(Action):
+    """SIGKILL to the trainer and everything it started."""
+
+
+@dataclass(frozen=True)
+class EndAttempt(Action):
+    """Write the attempt's end into its record."""
+
+    outcome: str
+    cause: str
+
+
+@dataclass(frozen=True)
+class Say(Action):
+    """Tell the user."""
+
+    message: str
+    is_error: bool = False
+
+
+# ---------------------------------------------------------------------------- the state
+
+
+@dataclass(frozen=True)
+class State:
+    """All that a supervisor knows. `goal` is where DRAINING or STOPPING will end."""
+
+    policy: Policy = field(default_factory=Policy)
+    phase: Phase = Phase.STARTING
+    goal: Phase | None = None
+    cause: str = ""
+    alive: bool = False
+    exit_code: int = 0
+    failures: int = 0
+    durable_step: int = -1
+    durable_at_failure: int = -1
+    snapshot_until: float | None = None
+    deadline: float | None = None
+    persisting: bool = False
+    retry_at: float | None = None
+    kill_at: float | None = None
+    progress_at: float = 0.0
+    activity: str = ""
+    notice_at: float | None = None
+
+    @property
+    def go_back(self) -> int:
+        """Checkpoints to pass over: one more at each start from the third at one step on."""
+        return max(0, self.failures - 1)
+
+
+Step = tuple[State, list[Action]]
+
+
+def begin(policy: Policy) -> Step:
+    """The first state, and what to do in it."""
+    return State(policy=policy), [Claim()]
+
+
+def step(state: State, event: Event) -> Step:
+    """The next state and what to do. A terminal state never changes."""
+    if state.phase in TERMINAL:
+        return state, []
+    match event:
+        case FencedOff():
+            return replace(state, phase=Phase.FENCED, exit_code=exitcodes.FENCED), [
+                Say(event.reason, is_error=True),
+                KillTree(),
+            ]
+        case Claimed() if state.phase is Phase.STARTING:
+            return replace(state, phase=Phase.RESTORING), [Restore(state.go_back)]
+        case RestoreReady() if state.phase is Phase.RESTORING:
+            running = replace(
+                state,
+                phase=Phase.RUNNING,
+                alive=True,
+                progress_at=event.at,
+                activity="",
+                durable_step=max(state.durable_step, event.step),
+            )
+            return running, [Launch()]
+        case PreparationFailed() | LaunchFailed():
+            return _cannot_start(state, event)
+        case Exited():
+            return _on_exit(replace(state, alive=False, kill_at=None), event)
+        case Progressed():
+            return replace(state, progress_at=event.at, activity=event.activity), []
+        case Saved():
+            return replace(state, durable_step=max(state.durable_step, event.step)), []
+        case Drained():
+            return _on_drained(replace(state, persisting=False), event.at)
+        case SaveFailed():
+            retry = replace(state, persisting=False, retry_at=event.at + _RETRY_SECONDS)
+            return retry, [Say(f"a checkpoint could not be saved: {event.reason}", is_error=True)]
+        case Notice() | Interrupt() | StopAsked():
+            return _on_signal(state, event)
+        case SaveAsked() if state.phase is Phase.RUNNING:
+            return state, [Ask(Request.SAVE, Why.MANUAL)]
+        case Tick():
+            return _on_tick(state, event.at)
+    return state, []
+
+
+# ---------------------------------------------------------------------------- transitions
+
+
+def _on_exit(state: State, event: Exited) -> Step:
+    """The trainer is gone: whatever it left in the slots is persisted first."""
+    match state.phase:
+        case Phase.DRAINING:
+            # How it ended makes no difference, unless it had finished before it heard of the end.
+            if event.code == 0 and not event.obeyed:
+                state = replace(state, goal=Phase.SUCCEEDED, cause="finished", deadline=None)
+            return _persist(state, _triggers(state))
+        case Phase.STOPPING:
+            return _persist(state, ())
+        case Phase.RUNNING if event.code == 0:
+            done = replace(state, phase=Phase.DRAINING, goal=Phase.SUCCEEDED, cause="finished")
+            return _persist(done, ("final",))
+        case Phase.RUNNING:
+            cause = _describe(event.code)
+            if event.code in state.policy.never:
+                final = replace(state, goal=Phase.FAILED, exit_code=event.code)
+                return _stop(final, event.at, f"{cause}, which is never tried again")
+            return _stop(state, event.at, cause)
+    return state, []
+
+
+def _on_drained(state: State, at: float) -> Step:
+    """All that could be saved is saved."""
+    if state.phase is Phase.DRAINING and state.goal is not None:
+        return _finish(state)
+    if state.phase is not Phase.STOPPING:
+        return state, []
+    if state.goal is not None:
+        return _finish(state)
+    return _restart_or_give_up(state, at)
+
+
+def _restart_or_give_up(state: State, at: float) -> Step:
+    """A failure counts until a later step is durable than at the failure before it."""
+    progressed = state.durable_step > state.durable_at_failure
+    failures = 1 if progressed else state.failures + 1
+    state = replace(state, failures=failures, durable_at_failure=state.durable_step)
+    if failures > state.policy.failures:
+        given_up = replace(state, goal=Phase.FAILED, exit_code=exitcodes.GIVEN_UP)
+        finished, actions = _finish(given_up)
+        times = "once" if failures == 1 else f"{failures} times in a row without a new step"
+        return finished, [Say(f"failed {times} ({state.cause}): given up", is_error=True), *actions]
+    policy = state.policy
+    wait = min(policy.backoff_max_seconds, policy.backoff_initial_seconds * 2 ** (failures - 1))
+    waiting = replace(state, phase=Phase.BACKOFF, retry_at=at + wait)
+    return waiting, [
+        EndAttempt("failed", state.cause),
+        Say(f"{state.cause}; failure {failures} of {policy.failures}, next start in {wait:g} s"),
+    ]
+
+
+def _cannot_start(state: State, event: PreparationFailed | LaunchFailed) -> Step:
+    """There is no trainer: nothing to kill, and what is in the slots stays there."""
+    state = replace(state, alive=False, cause=event.reason)
+    if isinstance(event, LaunchFailed):
+        failed = replace(state, goal=Phase.FAILED, exit_code=exitcodes.USAGE)
+    elif event.final:
+        failed = replace(state, goal=Phase.FAILED, exit_code=exitcodes.GIVEN_UP)
+    elif state.goal is not None:
+        failed = state
+    else:
+        return _restart_or_give_up(replace(state, phase=Phase.STOPPING), event.at)
+    finished, actions = _finish(failed)
+    return finished, [Say(event.reason, is_error=True), *actions]
+
+
+def _on_signal(state: State, event: Notice | Interrupt | StopAsked) -> Step:
+    goal, cause, deadline = _wish(state, event)
+    match state.phase:
+        case Phase.RUNNING:
+            draining = replace(
+                state,
+                phase=Phase.DRAINING,
+                goal=goal,
+                cause=cause,
+                notice_at=event.at,
+                deadline=deadline,
+                snapshot_until=event.at + (deadline - event.at) / 4,
+            )
+            return draining, [Say(cause), Ask(Request.SAVE_AND_STOP, _WHY[goal], deadline)]
+        case Phase.DRAINING if isinstance(event, Interrupt) and state.goal is Phase.INTERRUPTED:
+            given_up, actions = _finish(state)
+            lost = Say("interrupted twice: steps since the last checkpoint are lost", is_error=True)
+            return given_up, [lost, KillTree(), *actions]
+        case Phase.DRAINING | Phase.STOPPING:
+            # It is being saved already; only the time that there is for it, and the end, change.
+            known = [moment for moment in (state.deadline, deadline) if moment is not None]
+            keep = state.goal in (Phase.SUCCEEDED, Phase.PREEMPTED, Phase.FAILED)
+            return replace(
+                state,
+                goal=state.goal if keep else goal,
+                cause=state.cause if keep else cause,
+                notice_at=event.at if state.notice_at is None else state.notice_at,
+                deadline=min(known),
+            ), [Say(cause)]
+    finished, actions = _finish(replace(state, goal=goal, cause=cause))
+    return finished, [Say(f"{cause} before there was anything to save"), *actions]
+
+
+def _on_tick(state: State, at: float) -> Step:
+    match state.phase:
+        case Phase.BACKOFF if state.retry_at is not None and at >= state.retry_at:
+            fresh = replace(state, phase=Phase.STARTING, retry_at=None, cause="", goal=None)
+            return fresh, [Claim()]
+        case Phase.RUNNING if _hangs(state, at):
+            timeout = state.policy.hang_timeout_seconds
+            hung = replace(state, phase=Phase.STOPPING, cause="hang", kill_at=at + _STACKS_SECONDS)
+            return hung, [
+                Say(f"no progress for {timeout:g} s: stacks follow, then it is killed", True),
+                DumpStacks(),
+            ]
+        case Phase.STOPPING | Phase.DRAINING:
+            return _push_on(state, at)
+    return state, []
+
+
+def _push_on(state: State, at: float) -> Step:
+    """Time passes while a trainer is being ended or its state saved."""
+    if state.deadline is not None and at >= _last_moment(state):
+        finished, actions = _finish(state)
+        late = Say("the time is over before everything was saved", is_error=True)
+        return finished, [late, KillTree(), *actions]
+    if state.kill_at is not None and at >= state.kill_at:
+        return replace(state, kill_at=None), [KillTree()]
+    if state.retry_at is not None and at >= state.retry_at:
+        return _persist(replace(state, retry_at=None), _triggers(state))
+    if state.snapshot_until is not None and at >= state.snapshot_until and state.alive:
+        # The trainer does not come to a boundary: the newest complete slot has to do.
+        return _persist(replace(state, snapshot_until=None), _triggers(state))
+    return state, []
+
+
+def _persist(state: State, triggers: tuple[str, ...]) -> Step:
+    if state.persisting:
+        return state, []
+    return replace(state, persisting=True, retry_at=None), [PersistNewest(triggers)]
+
+
+def _stop(state: State, at: float, cause: str) -> Step:
+    """The attempt has failed: kill what is left of it, save what it had."""
+    stopping, actions = _persist(replace(state, phase=Phase.STOPPING, cause=cause), ())
+    return stopping, [KillTree(), *actions]
+
+
+def _finish(state: State) -> Step:
+    goal = state.goal or Phase.FAILED
+    code = state.exit_code if goal is Phase.FAILED else _EXIT_CODES[goal]
+    actions: list[Action] = [KillTree()] if state.alive else []
+    actions.append(EndAttempt(goal.value, state.cause))
+    return replace(state, phase=goal, exit_code=code, alive=False), actions
+
+
+def _hangs(state: State, at: float) -> bool:
+    idle = at - state.progress_at
+    return idle > state.policy.hang_timeout_seconds and state.activity not in _IDLE_PHASES
+
+
+def _wish(state: State, event: Notice | Interrupt | StopAsked) -> tuple[Phase, str, float]:
+    match event:
+        case Notice():
+            return Phase.PREEMPTED, f"preemption ({event.source})", event.deadline
+        case Interrupt():
+            return Phase.INTERRUPTED, "interrupt", event.at + state.policy.grace_seconds
+    return Phase.STOPPED, "stop", event.at + state.policy.grace_seconds
+
+
+def _last_moment(state: State) -> float:
+    """When the tree must be killed at the latest, so that it is gone when the grace ends."""
+    assert state.deadline is not None
+    began = state.notice_at if state.notice_at is not None else state.deadline
+    return state.deadline - min(1.0, (state.deadline - began) / 10)
+
+
+def _triggers(state: State) -> tuple[str, ...]:
+    if state.goal is Phase.SUCCEEDED:
+        return ("final",)
+    return (_WHY[state.goal].trigger,) if state.goal in _WHY else ()
+
+
+def _describe(code: int) -> str:
+    if code < 0:
+        import signal
+
+        try:
+            return f"the trainer was killed by {signal.Signals(-code).name}"
+        except ValueError:
+            return f"the trainer was killed by signal {-code}"
+    return f"the trainer exited with code {code}"
