@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import select
 import signal
@@ -585,6 +586,23 @@ def test_without_a_subreaper_daemons_are_found_by_their_mark(tmp_path: Path) -> 
         assert all(map(is_running, daemons))
 
     assert not any(map(is_running, daemons))
+
+
+def test_it_works_where_there_are_no_pidfds(
+    trainers: Trainers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(pid: int) -> int:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(os, "pidfd_open", refuse)
+    trainer = trainers.start("starts_daemons.py", "2")
+    assert trainer.wait_handle() is None
+
+    trainer.send_signal(signal.SIGUSR1)
+
+    assert exit_code(trainer) == -signal.SIGUSR1
+    assert trainer.kill_tree() == []
+    assert not any(map(psutil.pid_exists, trainers.daemons(trainer)))
 
 
 def test_bystanders_survive(trainers: Trainers) -> None:

@@ -223,7 +223,8 @@ def content_digest(files: Mapping[str, memoryview]) -> str:
 
     Names, dtypes, shapes and bytes of every tensor, and the tree that holds them together. Not the
     bytes of the files: two checkpoints with the same content have the same digest, whatever run,
-    attempt or time they come from.
+    attempt or time they come from. Values that are marked as idle (`{"$": "idle", …}`: random
+    streams that the run has never used) are passed over.
     """
     total = hashlib.sha256(b"runner content 1\n")
     for file in sorted(name for name in files if name.endswith(TENSOR_SUFFIX)):
@@ -232,6 +233,10 @@ def content_digest(files: Mapping[str, memoryview]) -> str:
             typed = json.dumps([file, name, tensor.dtype, list(tensor.shape)])
             total.update(len(typed).to_bytes(8, "little") + typed.encode())
             total.update(image[tensor.begin : tensor.end])
-    tree = json.dumps(json.loads(bytes(files[STATE_FILE])), sort_keys=True, separators=(",", ":"))
-    total.update(tree.encode())
+    tree = json.loads(bytes(files[STATE_FILE]), object_hook=_without_idle)
+    total.update(json.dumps(tree, sort_keys=True, separators=(",", ":")).encode())
     return total.hexdigest()
+
+
+def _without_idle(node: dict[str, Any]) -> dict[str, Any] | None:
+    return None if node.get("$") == "idle" else node

@@ -200,12 +200,17 @@ def mask_secrets(mapping: Mapping[str, Any]) -> dict[str, Any]:
 
 def mask_command(command: Sequence[str]) -> list[str]:
     """The same for arguments: `--api-key=…`, `--api-key …`, `token=…`, also within a shell's."""
+    return _mask_list(command, "")
+
+
+def _mask_list(values: Sequence[Any], name: str) -> list[Any]:
+    """Any list may be a command, where an option tells what the next item is."""
     masked = []
     option = ""
-    for argument in command:
-        is_value = option and not argument.startswith("-")
-        masked.append(_mask(argument, option) if is_value else _mask_text(argument))
-        option = argument if re.fullmatch(r"--?[\w.-]+", argument) else ""
+    for value in values:
+        is_flag = isinstance(value, str) and value.startswith("-")
+        masked.append(_mask(value, name if is_flag else f"{name} {option}"))
+        option = value if is_flag and re.fullmatch(r"--?[\w.-]+", value) else ""
     return masked
 
 
@@ -220,7 +225,7 @@ def _mask(value: Any, name: str) -> Any:
     if isinstance(value, Mapping):
         return {key: _mask(inner, f"{name}.{key}") for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_mask(inner, name) for inner in value]
+        return _mask_list(value, name)
     if value is None or isinstance(value, bool) or value == "":
         return value
     if isinstance(value, str):

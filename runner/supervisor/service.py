@@ -87,14 +87,15 @@ def supervise(job: Job, wishes: Wishes) -> int:
 
 
 def _write_run(ledger: Ledger, known: dict[str, Any] | None, job: Job, wishes: Wishes) -> None:
-    document = {
+    document: dict[str, Any] = {
         "run_id": ledger.run_id,
         "created_at": utc_now(),
         "runner": __version__,
         "job": mask_secrets(job_as_submitted(job)),
     }
     if known is None:
-        document["from"] = wishes.begin_from
+        which = wishes.begin_from
+        document["from"] = None if which is None else str(Path(which).expanduser().resolve())
         document["components"] = list(wishes.components)
         ledger.begin(document)
     elif known.get("job") != document["job"]:
@@ -126,9 +127,8 @@ def _beginning(
     if which is None and known is not None:
         which = known.get("from")
         components = tuple(known.get("components") or ())
-        if which is None:
-            return None, None
-        return None, _origin(which, components)
+        begun = any(record.committed for record in Ledger(store, run_id, "").records())
+        return None, None if which is None or begun else _origin(which, components)
     if which is None:
         if components:
             raise UsageError("--components says what to take over; --from must say from where")

@@ -18,7 +18,7 @@ from torch import nn
 from runner.errors import RestoreError, UnknownName
 from runner.training.rng import capture_rng, generator_state, restore_rng, set_generator_state
 from runner.training.tensors import TensorSink, TensorSource
-from runner.training.tree import Decoder, Encoder, Json
+from runner.training.tree import Decoder, Encoder, Json, is_idle
 
 STATE_VERSION = 1
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
@@ -282,6 +282,7 @@ class TrainingState:
     def __init__(self, stateful: Mapping[str, Any], values: dict[Any, Any]) -> None:
         parameters = Parameters()
         self.values = values
+        self._idle = _Idle(_encode_rng())
         self.components = {
             name: component_for(name, target, parameters) for name, target in stateful.items()
         }
@@ -299,9 +300,9 @@ class TrainingState:
             "components": components,
             "state": encoder.encode(self.values, "state"),
             "progress": encoder.encode(dict(progress), "progress"),
-            "rng": encoder.encode(capture_rng(), "rng"),
+            "rng": _encode_rng(),
         }
-        return document, sink
+        return self._idle.mark(document), sink
 
     def restore(self, document: Mapping[str, Any], source: TensorSource, *, final: bool) -> None:
         """Put everything but the progress in place. RestoreError if it does not fit."""
@@ -315,6 +316,7 @@ class TrainingState:
         values = Decoder(source.own).decode(document["state"])
         self.values.clear()
         self.values.update(values)
+        self._idle.restored(document["rng"])
         restore_rng(Decoder(source.own).decode(document["rng"]))
 
     def load(self, document: Mapping[str, Any], source: TensorSource, names: list[str]) -> None:
@@ -325,6 +327,50 @@ class TrainingState:
         for name in names:
             part = self.components[name]
             part.load(_decoder(part, source).decode(document["components"][name]))
+
+
+class _Idle:
+    """Streams of random numbers that nobody has drawn from since the run began.
+
+    Python and numpy begin each process at another place unless they are seeded. In a run that never
+    uses one of them, where it stands means nothing: it is saved all the same, but marked, and the
+    digest of the content passes over it. Otherwise no two runs of a script that seeds torch alone
+    would ever have the same digest.
+    """
+
+    def __init__(self, rng: Mapping[str, Json]) -> None:
+        self._at_start = {name: rng[name] for name in ("python", "numpy")}
+
+    def restored(self, rng: Mapping[str, Json]) -> None:
+        """Take over what is idle from a saved state."""
+        saved = {name: rng[name] for name in ("python", "numpy")}
+        self._at_start = {name: value["v"] for name, value in saved.items() if is_idle(value)}
+
+    def mark(self, document: dict[str, Json]) -> dict[str, Json]:
+        """Mark the idle streams, also where a loop remembers how they stood when it began."""
+        rng = document["rng"]
+        self._at_start = {n: value for n, value in self._at_start.items() if rng[n] == value}
+        document["rng"] = self._marked(rng)
+        loop = document["progress"]["loop"] if document["progress"] else None
+        if loop is not None:
+            document["progress"]["loop"] = self._marked(loop)
+        return document
+
+    def _marked(self, tree: Json) -> Json:
+        if any(tree == value for value in self._at_start.values()):
+            return {"$": "idle", "v": tree}
+        if isinstance(tree, dict):
+            return {key: self._marked(value) for key, value in tree.items()}
+        if isinstance(tree, list) and len(tree) < 100:
+            return [self._marked(value) for value in tree]
+        return tree
+
+
+def _encode_rng() -> dict[str, Json]:
+    return {
+        name: Encoder(TensorSink().add).encode(value, f"rng.{name}")
+        for name, value in capture_rng().items()
+    }
 
 
 def _decoder(part: Component, source: TensorSource) -> Decoder:

@@ -81,6 +81,7 @@ class Course:
         self._productive_before = 0.0
         self._held = False
         self._warned_midway = False
+        self._carries_gradients = False  # over the last body's end, for want of a step
         self._saved: SavedState | None = None
         self._saved_loop: dict[str, Any] | None = None
         self._loops_passed = 0
@@ -166,7 +167,7 @@ class Course:
         self._end_epoch()
         self.place.loops = 0
         last = self.place.epoch >= total or self.place.stopped is not None
-        if last or not self.midway():
+        if last or not self._carries_gradients:
             self._boundary(last=last, epoch_end=True)
         self.metrics.next_state()
 
@@ -174,7 +175,7 @@ class Course:
         """A loop without epochs has been through its data once."""
         if not self.place.in_epoch:
             self._end_epoch()
-            if not self.midway():
+            if not self._carries_gradients:
                 self._boundary(last=False, epoch_end=True)
 
     def leave_loop(self, loop: Loop) -> None:
@@ -212,7 +213,8 @@ class Course:
 
     def midway(self) -> bool:
         """Whether this is no boundary after all, because gradients are half gathered."""
-        if not self.watch.midway():
+        self._carries_gradients = self.watch.midway()
+        if not self._carries_gradients:
             return False
         if not self._warned_midway:
             self._warned_midway = True

@@ -34,7 +34,7 @@ from runner.training.rng import (
     seed_process,
 )
 from runner.training.samplers import Generators, draws_first, index_sampler
-from runner.training.seeding import Task, seed_batch
+from runner.training.seeding import Task, loads_by_rule, seed_batch
 
 _END: Final = object()
 
@@ -65,10 +65,15 @@ class Order:
         """Of the batch whose index is pulled next."""
         self._generators = Generators(loader, self._sampler)
         self._draws_late = not self._iterable and not draws_first(self._sampler)
+        self.draws_here = not self._in_workers and (self._draws_late or not loads_by_rule(loader))
+        """Whether batches may draw in this process: then the order seeds it for each of them, and
+        the reader keeps the loop's streams."""
         self._marks: deque[Mark] = deque()
         self._thread = threading.get_ident()
 
         self.begun = self.ended = self.trespassed = False
+        self.nothing_left = False
+        """Whether an earlier process has finished all batches: then the loader need not start."""
         self.failure: Exception | None = None
         self.pulled = 0
         self.seed = 0
@@ -80,8 +85,8 @@ class Order:
     def begin(self) -> None:
         """Start the sampler, then pass over the batches that an earlier process has finished.
 
-        An error is kept in `failure`, and the order is empty then: torch calls this from inside a
-        constructor whose half-built object does not survive an exception.
+        An error is kept in `failure`, and the order is empty then: a subclass of `DataLoader` may
+        call this from inside torch's constructor, whose half-built object does not survive one.
         """
         self.begun = True
         try:
@@ -94,11 +99,14 @@ class Order:
             seed_process(derive_seed("sampler", self.seed))
             self._own = capture_streams()
             self._checksum = 0
+            self.mark = Mark(self._checksum, self._own_generators)
             if self._skip:
                 self._in_own_streams(self._pass_over)
-            self.mark = Mark(self._checksum, self._own_generators)
+                self.mark = Mark(self._checksum, self._own_generators)
+                self._in_own_streams(self._advance)
+                self.ended = self.nothing_left = self._current is _END
             self.seed_main(self._skip)  # an IterableDataset's __iter__ may draw at once
-        except Exception as error:  # noqa: BLE001 - raised by the one who reads the order
+        except Exception as error:  # noqa: BLE001 - raised by the reader
             self.failure, self.ended = error, True
 
     def seed_main(self, number: int) -> None:
@@ -120,6 +128,8 @@ class Order:
         self._fresh = False
         if self._current is _END:
             self.ended = True
+            if self.draws_here:
+                self.seed_main(self.number)
             raise StopIteration
         self._note()
         self._marks.append(Mark(self._checksum, self._own_generators))
@@ -128,7 +138,8 @@ class Order:
         self.number += 1
         if self._in_workers:
             return Task(self._current, self.seed, None if self._iterable else number)
-        seed_batch(self._dataset, self.seed, number, worker=0 if self._iterable else -1)
+        if self.draws_here:
+            seed_batch(self._dataset, self.seed, number, worker=0 if self._iterable else -1)
         return self._current
 
     def hand_out(self) -> Mark:
@@ -176,7 +187,6 @@ class Order:
                     f"{number} now; restore the data and the sampler as they were"
                 )
             self._note()
-        self._fresh = False
         if self._checksum != self._expected:
             raise PositionError(
                 f"the sampler did not repeat the order of the {self._skip} batches that were "
@@ -206,6 +216,10 @@ class Indices:
         """A seed that stays, for workers that stay. None: that of the pass."""
 
     def __iter__(self) -> Iterator[Any]:
+        return self.begin()
+
+    def begin(self) -> Order:
+        """The order of the current pass, begun if it was not."""
         if self.order is None:
             raise RuntimeError("no pass over this loader has been opened")
         if not self.order.begun:

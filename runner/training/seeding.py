@@ -16,7 +16,14 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-from torch.utils.data import get_worker_info
+from torch.utils.data import (
+    DataLoader,
+    Subset,
+    TensorDataset,
+    default_collate,
+    default_convert,
+    get_worker_info,
+)
 
 from runner.training.rng import GENERATOR_TYPES, derive_seed, seed_process
 
@@ -62,6 +69,20 @@ def seed_batch(dataset: Any, seed: int, number: int, *, worker: int = -1) -> Non
     `worker` is given for iterable data sets only; without workers it is 0.
     """
     reseed(dataset, seed_process(derive_seed("batch", seed, number, worker)))
+
+
+def loads_by_rule(loader: DataLoader[Any]) -> bool:
+    """Whether nothing is drawn at random while this loader makes a batch: torch's own parts only.
+
+    Exact types: a subclass may do anything.
+    """
+    dataset = loader.dataset
+    while type(dataset) is Subset:
+        dataset = dataset.dataset
+    return type(dataset) in (TensorDataset, list, tuple, range) and loader.collate_fn in (
+        default_collate,
+        default_convert,
+    )
 
 
 def reseed(dataset: Any, seed: int) -> None:

@@ -199,7 +199,7 @@ class ReplayedSource(Source):
 
     def start(self, saved: Mapping[str, Any] | None, done: int) -> Reading:
         self._require_unused()
-        generators = Generators(self.loader)
+        generators = Generators(self.loader)  # of a loader inside, if there is one
         if saved is None:
             begin, seed = generators.states(), draw_seed()
         else:
@@ -216,6 +216,14 @@ class ReplayedSource(Source):
         )
         read_again(reading, done)
         return reading
+
+    def state(self) -> dict[str, Any]:
+        return {"generators": None if self.being_read else Generators(self.loader).states()}
+
+    def load_state(self, saved: Mapping[str, Any]) -> None:
+        if saved["generators"] is not None:
+            generators = Generators(self.loader)
+            generators.set(saved["generators"], generators.seeded_unlike(saved["generators"]))
 
     def _require_unused(self) -> None:
         one_shot = isinstance(self.loader, Iterator) and not hasattr(self.loader, "reset")

@@ -15,10 +15,9 @@ from runner.training.loader import Stream
 
 @dataclass
 class _Entry:
-    """One loader of the run. `initial` is its state when the run first used it."""
+    """One loader of the run."""
 
     fingerprint: dict[str, Any]
-    initial: dict[str, Any]
     saved: dict[str, Any] | None = None
     renewed: bool = False  # the script makes a new loader of this kind from time to time
     stream: Stream | None = None
@@ -50,7 +49,6 @@ class Streams:
         return [
             {
                 "fingerprint": entry.fingerprint,
-                "initial": entry.initial,
                 "renewed": entry.renewed,
                 "saved": entry.saved if entry.stream is None else entry.stream.state(),
             }
@@ -65,34 +63,23 @@ class Streams:
             if entry.stream is not None and entry.stream.loader is loader:
                 return index, entry
         stream = Stream(loader)
-        fingerprint, state = stream.fingerprint(), stream.state()
+        fingerprint = stream.fingerprint()
         if wanted is not None:
             entry = self._entries[wanted]
-            stream.load_state(entry.saved or {})
+            if entry.saved is not None:
+                stream.load_state(entry.saved)
             entry.stream = stream
             return wanted, entry
         for index, entry in enumerate(self._entries):
             if entry.fingerprint != fingerprint:
                 continue
             if entry.stream is None:
-                # Generators that the script has seeded itself, for this epoch say, are left alone.
-                if not entry.renewed and _same(entry.initial, state):
-                    stream.load_state(entry.saved or {})
+                if not entry.renewed and entry.saved is not None:
+                    stream.load_state(entry.saved)
                 entry.stream = stream
                 return index, entry
             if not entry.used:
                 entry.stream, entry.renewed = stream, True
                 return index, entry
-        self._entries.append(_Entry(fingerprint, state, stream=stream))
+        self._entries.append(_Entry(fingerprint, stream=stream))
         return len(self._entries) - 1, self._entries[-1]
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Equality of states, which may hold numpy arrays."""
-    if hasattr(one, "tobytes") and hasattr(other, "tobytes"):
-        return bool(one.dtype == other.dtype and one.tobytes() == other.tobytes())
-    if isinstance(one, Mapping) and isinstance(other, Mapping):
-        return one.keys() == other.keys() and all(_same(one[k], other[k]) for k in one)
-    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
-        return len(one) == len(other) and all(map(_same, one, other))
-    return bool(one == other)

@@ -166,6 +166,8 @@ class Decoder:
             return self._tensor(tree)
         if kind == "array":
             return self._tensor(tree["v"]).numpy()
+        if kind == "idle":
+            return self._decode(tree["v"])
         return _DECODERS[kind](self, tree)
 
     def _pairs(self, pairs: list[Json]) -> list[tuple[Any, Any]]:
@@ -203,6 +205,11 @@ _DECODERS: dict[str, Callable[[Decoder, dict[str, Any]], Any]] = {
     "dtype": lambda d, t: torch_dtype(t["v"]),
     "device": lambda d, t: torch.device(t["v"]),
 }
+
+
+def is_idle(tree: Json) -> bool:
+    """Whether a value is saved without being part of what the digest of the content covers."""
+    return isinstance(tree, dict) and tree.get("$") == "idle"
 
 
 def torch_dtype(name: str) -> torch.dtype:

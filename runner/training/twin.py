@@ -8,6 +8,7 @@ workers. What cannot be held exactly is said in the log, once, or refused.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -214,16 +215,19 @@ class LoaderReading(Reading):
         # may hand out something else than one batch for each of its sampler's.
         self._own_iter = type(twin).__iter__ is not DataLoader.__iter__
         self._one_each = self._own_iter and not isinstance(twin.dataset, IterableDataset)
-        self._in_workers = twin.num_workers > 0
         self._ahead: deque[Any] = deque()
+        self._iterator: Iterator[Any] | None = None
         indices.order = order
-        self._iterator: Iterator[Any] | None = iter(twin)
-        if not order.begun:  # __iter__ is a generator function, which runs at the first `next`
-            self._read_ahead()
+        if self._own_iter:
+            self._start_own_iter(twin)
+        else:
+            indices.begin()
         if order.failure is not None:
             failure, order.failure = order.failure, None
             self.close()
             raise failure
+        if not (order.nothing_left or self._own_iter):
+            self._iterator = iter(twin)
         self._checksum = self._checksum_read = order.mark.checksum
 
     def read(self) -> Any:
@@ -272,17 +276,28 @@ class LoaderReading(Reading):
     def _next(self) -> Any:
         if self._iterator is None:
             raise StopIteration
-        if self._in_workers and not self._own_iter:
+        if not (self._order.draws_here or self._own_iter):
             return next(self._iterator)
         with KeepStreams():
-            if self._in_workers:
+            if not self._order.draws_here:
                 self._order.seed_main(self._number)
             return next(self._iterator)
 
-    def _read_ahead(self) -> None:
-        """The first batch of a generator function, on the live streams: `begin` draws there."""
-        assert self._iterator is not None
-        self._ahead.extend([batch for batch in [next(self._iterator, self)] if batch is not self])
+    def _start_own_iter(self, twin: DataLoader[Any]) -> None:
+        """The subclass's code comes first: it may set the sampler's epoch. Then torch begins.
+
+        If __iter__ is a generator function it runs at the first `next`, which has to be on the live
+        streams, because the order begins there.
+        """
+        try:
+            self._iterator = iter(twin)
+            if not self._order.begun:
+                self._ahead.extend(itertools.islice(self._iterator, 1))
+        except Exception:
+            # Some cannot stand a sampler without indices, which they have never seen.
+            if not self._order.nothing_left:
+                raise
+            self._iterator = None
         if not self._order.begun:
             self.close()
             raise UsageError(
