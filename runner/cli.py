@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -56,11 +58,25 @@ def main() -> None:
     logging.basicConfig(
         level=logging.INFO, format="runner: %(message)s", stream=sys.stderr, force=True
     )
+    if sys.argv[1:2] in (["run"], ["submit"]):
+        _end_early_on_signals()
     try:
         app()
     except RunnerError as error:
         typer.echo(f"runner: {error}", err=True)
         sys.exit(exitcodes.USAGE if isinstance(error, UsageError) else exitcodes.GIVEN_UP)
+
+
+def _end_early_on_signals() -> None:
+    """Until the supervisor listens to signals there is nothing to save: leave with the right code.
+
+    Otherwise a preemption in the first tenths of a second would look like a crash.
+    """
+    for signum, code in (
+        (signal.SIGTERM, exitcodes.PREEMPTED),
+        (signal.SIGINT, exitcodes.INTERRUPTED),
+    ):
+        signal.signal(signum, lambda *_, code=code: os._exit(code))
 
 
 # ---------------------------------------------------------------------------- running
@@ -163,25 +179,40 @@ def simulate(
     param: ParamOption = None,
     store: StoreOption = None,
     run_id: RunIdOption = None,
-    new: NewOption = False,
     output: OutputOption = "text",
 ) -> None:
     """Run a job to its end on a simulated spot node, and report what the preemptions cost."""
     from runner import simulation
+    from runner.job import check_launchable
+    from runner.store import open_store
+    from runner.supervisor.service import Wishes, run_id_for
+    from runner.units import parse_duration
 
     loaded = _load(job, param, None, store)
+    check_launchable(loaded)
+    try:
+        seconds = loaded.preemption.grace_seconds if grace is None else parse_duration(grace)
+    except ValueError as error:
+        raise UsageError(f"--grace {grace}: {error}") from error
     plan = simulation.plan_from(
-        loaded, preempt or [], grace=grace, lose_disk=lose_disk, trace=trace, speedup=speedup
+        seconds, preempt or [], lose_disk=lose_disk, trace=trace, speedup=speedup
     )
-    overrides = [option for text in param or () for option in ("-p", text)]
+    opened = open_store(str(loaded.store_path))
+    options = [option for text in param or () for option in ("-p", text)]
+    options += ["--store", opened.url]
     report = simulation.simulate(
-        job, loaded, plan, overrides, run_id=run_id, new=new, json_output=output == "json"
+        job,
+        plan,
+        options,
+        store=opened,
+        run_id=run_id_for(loaded, Wishes(run_id=run_id, new=run_id is None), opened),
+        quiet_stdout=output == "json",
     )
     if output == "json":
         _print_json(report)
     else:
         typer.echo(simulation.as_text(report))
-    raise typer.Exit(0 if report["outcome"] == "succeeded" else report["exit_code"] or 1)
+    raise typer.Exit(report["exit_code"] if report["exit_code"] >= 0 else 1)
 
 
 # ---------------------------------------------------------------------------- looking

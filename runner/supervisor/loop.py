@@ -32,6 +32,7 @@ from runner.checkpoint.provenance import collect
 from runner.checkpoint.retention import Keep
 from runner.errors import RunnerError, UsageError
 from runner.job import Job, resolved_command
+from runner.launch.leftovers import end_leftovers
 from runner.launch.process import TrainerProcess, build_environment
 from runner.plan import BestMetric, Plan
 from runner.spool import Spool, Why
@@ -100,6 +101,9 @@ class Supervisor:
     def run(self) -> int:
         """Run until a terminal state; leave nothing of the trainer behind."""
         become_subreaper()
+        leftovers = end_leftovers(self._spool.path)
+        if leftovers:
+            log.warning("killed processes %s, left by a supervisor that is dead", leftovers)
         before = {signum: signal.signal(signum, self._on_signal) for signum in _SIGNALS}
         observer = self._watch_spool()
         threading.Thread(target=self._collect_provenance, name="provenance", daemon=True).start()
