@@ -1,4 +1,4 @@
-# Everything here works on a fresh machine with python3, make and a package index.
+# Everything here works on a fresh machine with python3 (3.11 or later), make and a package index.
 
 PYTHON ?= python3
 VENV   := .venv
@@ -10,9 +10,16 @@ READY  := $(VENV)/.ready
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "make: $(PYTHON) is too old: Python 3.11 or later, as in make PYTHON=python3.12"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[torch,dev]'
 	touch $@
+
+# C-MAPSS FD001 on a spot node that is taken away twice; a few minutes on two cores.
+run: $(READY)
+	$(BIN)/runner simulate jobs/rul.yaml -p profile=quick \
+	    --preempt step=150 --preempt step=1000 --grace 30s
 
 test: $(READY)
 	$(BIN)/python -m pytest
@@ -21,6 +28,9 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy --strict runner
+
+bench: $(READY)
+	$(BIN)/python -m tests.bench.bench
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis runs outputs

@@ -45,7 +45,7 @@ from torch.utils.data import (
 from runner.errors import PositionError, RestoreError, UsageError
 from runner.training.loader import Pass, Stream
 from runner.training.order import index_checksum
-from runner.training.rng import capture_rng, derive_seed, restore_rng, seed_process
+from runner.training.rng import capture_rng, derive_seed, restore_rng, same_state, seed_process
 from runner.training.tree import Decoder, Encoder
 
 SAMPLES = 22
@@ -345,16 +345,20 @@ def play(
     """Run a loop to its end, or to where it is stopped; returns its trace and what it saved."""
     seed_process(derive_seed("start" if saved is None else f"garbage {stop_after}"))
     loader = make(workers)
-    stream, trace = Stream(loader), []
+    stream: Stream | None = None
+    trace: Trace = []
     epoch, count, resume = 0, 0, None
     if saved is not None:
         epoch, count, resume = saved["epoch"], saved["count"], saved["pass"]
-        stream.load_state(saved["stream"])
         restore_rng(saved["rng"])
     for epoch in range(epoch, epochs):  # noqa: B020
         if isinstance(getattr(loader, "sampler", None), DistributedSampler):
             loader.sampler.set_epoch(epoch)
         before_epoch(loader, epoch)
+        if stream is None:  # a run knows of a loader only when it is used
+            stream = Stream(loader)
+            if saved is not None:
+                stream.load_state(saved["stream"])
         batches = Pass(stream, resume)
         batches.open()
         if resume is not None:
@@ -589,21 +593,83 @@ def test_with_workers_the_order_is_that_of_the_plain_loader_too() -> None:
     assert [entry[1] for entry in trace if entry[1] != "validation"] == expected
 
 
+@pytest.mark.parametrize("count", [31, 40])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_pass_that_is_left_early_leaves_generators_where_the_plain_loader_does(
-    workers: int,
+    workers: int, count: int
 ) -> None:
+    # The sampler draws 32 indices at a time, and two workers prefetch 4.
     plain, loader = PLAIN["with replacement"](0), PLAIN["with replacement"](workers)
-    for batch, _ in zip(plain, range(40), strict=False):
-        last = as_bytes(batch)
+    expected = [as_bytes(batch) for _, batch in zip(range(count), plain, strict=False)]
     batches = Pass(Stream(loader))
     batches.open()
-    for batch, _ in zip(batches, range(40), strict=False):  # noqa: B007
-        batches.finish()
+    assert [as_bytes(batch) for _, batch in zip(range(count), batches, strict=False)] == expected
     batches.close()
 
-    assert as_bytes(batch) == last
     assert torch.equal(loader.sampler.generator.get_state(), plain.sampler.generator.get_state())
+
+
+def test_a_generator_that_the_body_has_drawn_from_stays_where_the_body_left_it() -> None:
+    loader = PLAIN["with replacement"](0)
+    for _ in opened(loader):
+        torch.rand((), generator=loader.sampler.generator)
+        left = loader.sampler.generator.get_state()
+
+    assert torch.equal(loader.sampler.generator.get_state(), left)
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_loading_does_not_touch_the_random_numbers_of_the_body(name: str) -> None:
+    for workers in (0, 2) if name in ("late sampler", "iterable", "wrapped", "subclass") else (0,):
+        batches = opened(LOADERS[name](workers))
+        for _ in range(3):
+            before = capture_rng()
+            next(batches)
+            assert same_state(capture_rng(), before)
+        batches.close()
+
+
+class Recorded(Sampler[int]):
+    def __init__(self) -> None:
+        self.drawn: list[float] = []
+
+    def __iter__(self) -> Iterator[int]:
+        for index in range(SAMPLES):
+            self.drawn += body_draws()
+            yield index
+
+
+def test_what_loading_draws_is_not_what_the_body_draws() -> None:
+    sampler = Recorded()
+    from_body = [x for _ in opened(noisy(0, sampler=sampler)) for x in body_draws()]
+    # The first index is drawn from the live streams, as in the plain loader; then they part.
+    assert len(sampler.drawn) == 3 * SAMPLES
+    assert not set(sampler.drawn) & set(from_body)
+
+    pages = [batch % 1 for _ in range(2) for batch in opened(Pages())]
+    noise = [x for page in pages for x in page.tolist()]
+    assert len(set(noise)) == len(noise) == 4 * BATCHES
+
+
+class CountsEpochs(DataLoader[Any]):
+    epoch = 0
+
+    def __iter__(self) -> Any:
+        self.sampler.set_epoch(self.epoch)  # type: ignore[union-attr]
+        self.epoch += 1
+        return super().__iter__()
+
+
+def test_a_subclass_that_counts_its_epochs_gives_what_it_gives_alone() -> None:
+    def make(workers: int) -> Any:
+        return CountsEpochs(Numbers(), BATCH, sampler=DistributedSampler(Numbers(), 2, 0))
+
+    loader = make(0)
+    expected = [as_bytes(batch) for _ in range(3) for batch in loader]
+    stream = Stream(make(0))
+
+    assert [as_bytes(batch) for _ in range(3) for batch in all_of(stream)] == expected
+    assert len(set(expected)) == len(expected)
 
 
 def test_the_scripts_loader_is_not_touched() -> None:
@@ -626,6 +692,12 @@ def test_what_the_script_changes_in_its_loader_counts_from_the_next_pass() -> No
     assert all_of(stream) == [4, 4, 4, 4, 4, 2]
 
 
+def opened(loader: Any) -> Pass:
+    batches = Pass(Stream(loader))
+    batches.open()
+    return batches
+
+
 def all_of(stream: Stream) -> list[Any]:
     batches = Pass(stream)
     batches.open()
@@ -642,11 +714,13 @@ def test_an_error_in_one_batch_uses_it_up_as_in_the_plain_loader(workers: int) -
                 seen.append(next(batches).flatten().tolist())
             except ValueError:
                 seen.append("error")
+                continue
             except StopIteration:
                 return seen, state
             if isinstance(batches, Pass):
                 batches.finish()
-                if len(seen) == 2:
+                assert batches.done == len(seen)
+                if len(seen) == 3:
                     state = batches.state()
 
     loader = DataLoader(Fails(), BATCH, num_workers=workers)
@@ -660,10 +734,74 @@ def test_an_error_in_one_batch_uses_it_up_as_in_the_plain_loader(workers: int) -
     assert expected[1] == expected[3] == "error"
     assert seen == expected
     assert batches.done == len(expected) == 6
-    assert through(resumed)[0] == expected[2:]
+    assert through(resumed)[0] == expected[3:]
+
+
+def test_an_interrupt_while_loading_leaves_the_batch_to_be_done() -> None:
+    class Interrupted(Numbers):
+        def __getitem__(self, index: int) -> torch.Tensor:
+            if index == 5:
+                raise KeyboardInterrupt
+            return super().__getitem__(index)
+
+    batches = opened(DataLoader(Interrupted(), BATCH))
+    next(batches)
+    batches.finish()
+    with pytest.raises(KeyboardInterrupt):
+        next(batches)
+
+    resumed = Pass(Stream(DataLoader(Numbers(), BATCH)), through_json(batches.state()))
+    resumed.open()
+
+    assert batches.done == 1
+    assert next(resumed).flatten().tolist() == [4, 5, 6, 7]
 
 
 # ---------------------------------------------------------------- workers and threads
+
+
+class SeedOfWorker(Numbers):
+    def __getitem__(self, index: int) -> torch.Tensor:
+        info = get_worker_info()
+        return torch.tensor([index, 0 if info is None else info.seed])
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_a_worker_is_given_the_seed_that_it_would_have_had(persistent: bool) -> None:
+    def make(workers: int) -> Any:
+        return DataLoader(SeedOfWorker(), 11, num_workers=1, persistent_workers=persistent)
+
+    expected, _ = play(make)
+    seeds = {entry[1][8:16] for entry in expected if entry[1] != "validation"}
+    assert len(seeds) == (1 if persistent else 2)
+
+    for stop in ({"stop_after": 1}, {"stop_after": 3}, {"stop_at_epoch": 0}):
+        first, saved = play(make, **stop)  # type: ignore[arg-type]
+        assert first + play(make, 0, saved)[0] == expected
+
+
+class OwnFlow(IterableDataset[torch.Tensor]):
+    def __init__(self) -> None:
+        self.rng = random.Random(0)
+
+    def reseed(self, seed: int) -> None:
+        self.rng.seed(seed)
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return (torch.tensor([self.rng.random()]) for _ in range(SAMPLES))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_hook_of_an_iterable_data_set_is_called_for_each_batch(workers: int) -> None:
+    def make(workers: int) -> Any:
+        return DataLoader(OwnFlow(), BATCH, num_workers=workers)
+
+    expected, _ = play(make, workers)
+    batches = [entry[1] for entry in expected if entry[1] != "validation"]
+    assert len(set(batches)) == len(batches) == EPOCHS * BATCHES * max(workers, 1)
+    first, saved = play(make, workers, stop_after=8)
+
+    assert first + play(make, workers, saved)[0] == expected
 
 
 @pytest.mark.parametrize("leave", ["close", "drop"])
@@ -891,7 +1029,7 @@ def test_reading_again_is_announced(name: str, caplog: pytest.LogCaptureFixture)
 
 NOT_EXACT = {
     "in_order": (lambda: noisy(2, in_order=False), "in spite of in_order=False"),
-    "persistent": (
+    "persistent": (  # and the workers are gone after the pass, below
         lambda: DataLoader(Flow(), BATCH, num_workers=1, persistent_workers=True),
         "in spite of persistent_workers=True",
     ),
@@ -911,6 +1049,7 @@ def test_what_is_not_exact_is_said_once(
     all_of(stream)
     assert [m for m in caplog.messages if message in m] == caplog.messages
     assert len(caplog.messages) == 1
+    assert not multiprocessing.active_children()
 
     all_of(stream)
 

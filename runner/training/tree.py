@@ -69,6 +69,8 @@ class Encoder:
         )
 
     def _items(self, values: Any, path: str, depth: int) -> list[Json]:
+        if all(type(v) is int and -_SAFE_INT < v < _SAFE_INT for v in values):
+            return list(values)  # the state of `random` is 625 of them, at every snapshot
         return [self.encode(v, f"{path}[{i}]", depth + 1) for i, v in enumerate(values)]
 
     def _pairs(self, value: Mapping[Any, Any], path: str, depth: int) -> list[Json]:

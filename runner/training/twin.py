@@ -126,7 +126,6 @@ class LoaderSource(Source):
                 done,
             )
             read_again(reading, done)
-            reading.finish()
         self._generators().set(saved["generators"])
 
     def _lasting(self) -> dict[str, Any]:
