@@ -150,3 +150,11 @@ class Ledger:
 
 def _dump(document: Mapping[str, Any]) -> bytes:
     return json.dumps(document, indent=1).encode() + b"\n"
+
+
+def parse_time(text: str | None) -> float | None:
+    """Seconds since the epoch of a time in a record; None if there is none or it is unreadable."""
+    try:
+        return None if text is None else datetime.fromisoformat(text).timestamp()
+    except ValueError:
+        return None

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from runner.checkpoint.archive import Archive
-from runner.checkpoint.attempts import AttemptRecord, Ledger
+from runner.checkpoint.attempts import AttemptRecord, Ledger, parse_time
 from runner.checkpoint.manifest import Manifest
 from runner.exitcodes import FINISHED
 from runner.store import Store
@@ -94,13 +93,9 @@ def _until_next_step(
 ) -> float | None:
     if following is None or following.first_step_at is None:
         return None
-    ended = death.at if death else _seconds(record.ended_at)
-    began = _seconds(following.first_step_at)
+    ended = death.at if death else parse_time(record.ended_at)
+    began = parse_time(following.first_step_at)
     return None if ended is None or began is None else began - ended
-
-
-def _seconds(text: str | None) -> float | None:
-    return None if text is None else datetime.fromisoformat(text).timestamp()
 
 
 def _rounded(value: float | None) -> float | None:

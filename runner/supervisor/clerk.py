@@ -67,6 +67,10 @@ class Clerk(threading.Thread):
         """Change the attempt's record."""
         self._tasks.put(lambda: self._record(changes))
 
+    def note_provenance(self, facts: dict[str, Any]) -> None:
+        """Write into `run.json` where the run comes from, if it has only just begun."""
+        self._tasks.put(lambda: self._note_provenance(facts))
+
     def look(self) -> None:
         """Something has changed in the spool."""
         self._tasks.put(None)
@@ -164,6 +168,14 @@ class Clerk(threading.Thread):
             self.board.persisted_step = saved.manifest.moment.step + 1
         self._on_saved(saved)
         self._post(machine.Saved(saved.durable_at, saved.manifest.moment.step))
+
+    def _note_provenance(self, facts: dict[str, Any]) -> None:
+        try:
+            document = self._ledger.run()
+            if document is not None and "provenance" not in document:
+                self._ledger.amend({**document, "provenance": facts})
+        except StoreError as error:
+            log.warning("run.json could not be completed: %s", error)
 
     def _record(self, changes: dict[str, Any]) -> None:
         try:

@@ -339,6 +339,7 @@ class Supervisor:
 
     def _collect_provenance(self) -> None:
         self._provenance = collect(self._job.workdir, resolved_command(self._job))
+        self._clerk.note_provenance(self._provenance)
 
     def _publish(self) -> None:
         """Let `runner status` see what this supervisor is doing."""

@@ -1,0 +1,72 @@
+"""What saving costs, looked at before it matters: the emergency save, and how often to save.
+
+Both are estimates from what this run has measured itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from runner.checkpoint.attempts import AttemptRecord, parse_time
+
+FIRST_MEAN_SECONDS = 3600.0  # between failures, before this run has seen one
+FIRST_INTERVAL_SECONDS = 60.0  # until a first save has been measured
+_LEAST_INTERVAL_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class EmergencySave:
+    """The parts of a save after a notice, in seconds."""
+
+    step_seconds: float
+    snapshot_seconds: float
+    persist_seconds: float
+
+    @property
+    def total_seconds(self) -> float:
+        """From the notice until the state is durable: the step at hand, the copy, the store."""
+        return self.step_seconds + self.snapshot_seconds + self.persist_seconds
+
+    def verdict(self, grace_seconds: float) -> tuple[bool, str]:
+        """Whether it fits into the grace, and the sentence that says so with its numbers."""
+        parts = (
+            f"step {self.step_seconds:.2f} s + snapshot {self.snapshot_seconds:.2f} s + "
+            f"store {self.persist_seconds:.2f} s = {self.total_seconds:.2f} s "
+            f"of {grace_seconds:g} s grace"
+        )
+        if self.total_seconds <= grace_seconds:
+            return True, f"an emergency save fits: {parts}"
+        return False, (
+            f"an emergency save does NOT fit: {parts}; a preemption will cost the steps since the "
+            "last checkpoint. Save more often, use a faster store, or a longer grace"
+        )
+
+
+def save_interval(save_seconds: float, mean_seconds_between_failures: float) -> float:
+    """Seconds between two saves that cost the least in all: sqrt(2 · cost · mean time).
+
+    J. W. Young, "A first order approximation to the optimum checkpoint interval" (1974);
+    J. T. Daly, "A higher order estimate of the optimum checkpoint interval" (2006). Never so short
+    that saving would not come to an end between two.
+    """
+    best = math.sqrt(2 * save_seconds * mean_seconds_between_failures)
+    return max(_LEAST_INTERVAL_SECONDS, 2 * save_seconds, best)
+
+
+def mean_time_between_failures(records: Sequence[AttemptRecord]) -> float:
+    """Seconds, from the attempts of this run that were ended from outside or failed.
+
+    The time that passed without a failure counts too: all lives divided by the number of deaths.
+    """
+    lives, deaths = [], 0
+    for record in records:
+        begun, ended = parse_time(record.started_at), parse_time(record.ended_at)
+        if begun is None or ended is None or ended < begun:
+            continue
+        lives.append(ended - begun)
+        deaths += record.outcome in ("preempted", "failed", None)
+    if not deaths:
+        return max(FIRST_MEAN_SECONDS, sum(lives))
+    return sum(lives) / deaths
