@@ -158,7 +158,12 @@ def _problem(details: Any, file: JobFile) -> str:
     if kind == "extra_forbidden":
         return f"is not a key of a job{_hint(path)}"
     if kind == "model_type":
-        return f"expected a mapping with keys among {', '.join(_keys(path))}"
+        auto = (
+            "auto, or "
+            if path in (("checkpoint", "every"), ("checkpoint", "snapshot_every"))
+            else ""
+        )
+        return f"expected {auto}a mapping with keys among {', '.join(_keys(path))}"
     is_scalar = value is None or isinstance(value, bool | int | float | str)
     hint = "; put it in quotes" if kind == "string_type" and is_scalar else ""
     template = _EXPECTED.get(kind)
@@ -232,6 +237,8 @@ def _as_in_files(schema: Any) -> Any:
         schema["default"] = format_duration(schema["default"])
     if {"type": "null"} in schema.get("anyOf", []):
         (only,) = (kind for kind in schema.pop("anyOf") if kind != {"type": "null"})
+        if schema.pop("auto", False):
+            return {"anyOf": [{"const": "auto"}, only], **schema}
         schema = {**only, **schema}
     return schema
 

@@ -20,7 +20,9 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainSerializer,
+    SerializerFunctionWrapHandler,
     WithJsonSchema,
+    WrapSerializer,
     model_validator,
 )
 
@@ -174,10 +176,22 @@ class Every(Part):
         return self
 
 
+def _auto(value: object) -> object:
+    """`auto` leaves the choice to the run: None, for the program."""
+    return None if value == "auto" else value
+
+
+def _or_auto(value: Every | EverySteps | None, handler: SerializerFunctionWrapHandler) -> Any:
+    return "auto" if value is None else handler(value)
+
+
+_AUTO = (BeforeValidator(_auto), WrapSerializer(_or_auto), Field(json_schema_extra={"auto": True}))
+
+
 class EverySteps(Part):
     """How often to copy the state into a slot."""
 
-    steps: Count = Field(default=1, description="After this many optimizer steps.")
+    steps: Count = Field(description="After this many optimizer steps.")
 
 
 class EveryEpochs(Part):
@@ -207,8 +221,14 @@ class Keep(Part):
 class Checkpoint(Part):
     """When to save, and what to keep."""
 
-    every: Every = Every(minutes=10)
-    snapshot_every: EverySteps = EverySteps()
+    every: Annotated[Every | None, *_AUTO] = Field(
+        default=None,
+        description="When to make a checkpoint; `auto`: as often as costs the least in all.",
+    )
+    snapshot_every: Annotated[EverySteps | None, *_AUTO] = Field(
+        default=None,
+        description="When to copy the state into a slot; `auto`: with a stall under 1 %.",
+    )
     slots: int = Field(default=2, ge=1, le=8, description="Snapshots held in memory at once.")
     keep: Keep = Keep()
 

@@ -25,6 +25,8 @@ class BestMetric:
 class Plan:
     """When to save, and into how many slots. Intervals that are None do not apply.
 
+    With `every_auto` the supervisor gives the interval, on the board. `snapshot_steps` None is to
+    find out.
     `hold_at_step` makes the trainer wait at the first boundary with at least this step until it is
     asked for something: how a simulated node hits a run at an exact place.
     """
@@ -35,7 +37,8 @@ class Plan:
     every_steps: int | None = None
     every_minutes: float | None = None
     every_epochs: int | None = None
-    snapshot_steps: int = 1
+    every_auto: bool = False
+    snapshot_steps: int | None = None
     slots: int = 2
     best: BestMetric | None = None
     health_metrics: tuple[str, ...] = ()

@@ -103,6 +103,7 @@ class Board:
     held = _Word(12)  # 1 while the trainer waits at the boundary named by `hold_at_step`
     epochs = _Word(13)  # of the whole run, 0 where the script has no epochs
     finished = _Word(14)  # 1 after the run's last boundary
+    step_us = _Word(15)  # microseconds that the last step took
 
     request_number = _Word(64)
     request_kind = _Word(65)
@@ -111,6 +112,7 @@ class Board:
     supervisor_pid = _Word(68)
     supervisor_ns = _Word(69)
     persisted_step = _Word(70)  # newest durable step, plus one; 0 is none
+    interval_ms = _Word(71)  # between two saves, where the job leaves it to the supervisor
 
     def __init__(self, path: Path) -> None:
         with path.open("r+b") as file:

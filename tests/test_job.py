@@ -85,9 +85,8 @@ def test_a_job_of_two_keys_gets_the_documented_defaults(load: Load, tmp_path: Pa
     assert job.workdir == tmp_path
     assert (job.params, job.env, job.launcher) == ({}, {}, "process")
     assert (job.store, job.store_path) == ("runs", tmp_path / "runs")
-    every = job.checkpoint.every
-    assert (every.steps, every.minutes, every.epochs) == (None, 10, None)
-    assert job.checkpoint.snapshot_every.steps == 1
+    assert job.checkpoint.every is None  # auto
+    assert job.checkpoint.snapshot_every is None  # auto
     assert job.checkpoint.slots == 2
     assert job.checkpoint.keep.last == 3
     assert job.checkpoint.keep.best is None
@@ -205,7 +204,8 @@ REFUSED = {
     "preemption: {grace_seconds: 5.0}": "preemption.grace_seconds: is not a key",
     "checkpoint: {keep: {best: {metrics: a, metric: b}}}": "keep.best.metrics: is not a key of a"
     " job; did you mean checkpoint.keep.best.metric?",
-    "checkpoint: {every: auto}": "checkpoint.every: expected a mapping with keys among steps, min",
+    "checkpoint: {every: automatic}": "checkpoint.every: expected auto, or a mapping with keys am",
+    "checkpoint: {snapshot_every: {}}": "checkpoint.snapshot_every.steps: is missing",
     "checkpoint: {every: {}}": "checkpoint.every: expected at least one of steps, minutes and ep",
     "checkpoint: {every: {steps: 0}}": "checkpoint.every.steps: expected 1 or more, got 0",
     "checkpoint: {every: {steps: 1.0}}": "every.steps: expected a whole number, got 1.0",
@@ -219,7 +219,7 @@ REFUSED = {
     "checkpoint: {every: {minutes: .nan}}": "every.minutes: expected a finite number",
     "checkpoint: {every: {epochs: -1}}": "every.epochs: expected 1 or more, got -1",
     "checkpoint: {every: {steps: , minutes: 1}}": "every.steps: has no value",
-    "checkpoint: {snapshot_every: 5}": "snapshot_every: expected a mapping with keys among steps",
+    "checkpoint: {snapshot_every: 5}": "snapshot_every: expected auto, or a mapping with keys",
     "checkpoint: {slots: 0}": "checkpoint.slots: expected 1 or more, got 0",
     "checkpoint: {slots: 9}": "checkpoint.slots: expected 8 or less, got 9",
     "checkpoint: {keep: {last: 0}}": "checkpoint.keep.last: expected 1 or more, got 0",
@@ -875,3 +875,10 @@ def test_the_module_is_imported_without_torch_boto3_or_numpy() -> None:
     )
 
     assert child.stdout == "set()\n"
+
+
+def test_auto_is_what_is_said_by_saying_nothing(load: Load) -> None:
+    job = load(MINIMAL + "checkpoint: {every: auto, snapshot_every: auto}\n")
+
+    assert job == load(MINIMAL)
+    assert Job.model_validate(job_as_submitted(job)) == job

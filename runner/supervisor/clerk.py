@@ -7,10 +7,12 @@ as an event. Between tasks it persists the slots that must be and answers the tr
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from runner.checkpoint.attempts import Ledger
@@ -19,11 +21,13 @@ from runner.checkpoint.persist import Persister
 from runner.errors import Fenced, NoValidCheckpoint, RunnerError, StoreError, UsageError
 from runner.spool import Board, RankSpool
 from runner.supervisor import machine
+from runner.supervisor.forecast import EmergencySave, Forecaster
 
 log = logging.getLogger(__name__)
 
 _ROUND_SECONDS = 0.2
 _RETRY_SECONDS = 1.0
+_NICENESS = 10
 Task = Callable[[], None]
 
 
@@ -37,12 +41,13 @@ class Clerk(threading.Thread):
         persister: Persister,
         node: str,
         post: Callable[[machine.Event], None],
-        on_saved: Callable[[Saved], None],
+        forecaster: Forecaster,
     ) -> None:
         super().__init__(name="clerk", daemon=True)
         self._rank, self._keeper, self._persister = rank, keeper, persister
         self._ledger: Ledger = persister.ledger
-        self._node, self._post, self._on_saved = node, post, on_saved
+        self._node, self._post, self._forecaster = node, post, forecaster
+        self._courteous = ThreadPoolExecutor(1, "persist", initializer=_be_nice)
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._over = threading.Event()
         self._leave_store_until = 0.0
@@ -115,6 +120,8 @@ class Clerk(threading.Thread):
             self._returned = False
             resumption = self._keeper.restore(go_back, which=which, origin=origin)
             self._describe(resumption)
+            self._forecaster.attempt_begins(self._ledger.records())
+            self._set_interval()
         except (NoValidCheckpoint, UsageError) as error:
             self._post(machine.PreparationFailed(time.monotonic(), str(error), final=True))
         except (RunnerError, OSError) as error:
@@ -156,7 +163,8 @@ class Clerk(threading.Thread):
         if time.monotonic() < self._leave_store_until:
             return
         try:
-            for saved in self._keeper.persist_due():
+            # The trainer needs the cores more than a periodic save does; an emergency comes first.
+            for saved in self._courteous.submit(self._keeper.persist_due).result():
                 self._announce(saved)
             self._keeper.answer()
         except (StoreError, OSError) as error:
@@ -164,10 +172,33 @@ class Clerk(threading.Thread):
             self._post(machine.SaveFailed(time.monotonic(), str(error)))
 
     def _announce(self, saved: Saved) -> None:
+        moment = saved.manifest.moment
+        log.info(
+            "saved %s (%s, %.1f MB in %.2f s)",
+            saved.manifest.name,
+            ", ".join(moment.triggers) or "newest state",
+            saved.manifest.nbytes / 1e6,
+            saved.persist_seconds,
+        )
+        self._post(machine.Saved(saved.durable_at, moment.step))
+        if self.board is None:
+            return
+        self.board.persisted_step = moment.step + 1
+        step_seconds = self.board.step_us / 1e6
+        verdict = self._forecaster.saved(
+            EmergencySave(step_seconds, moment.snapshot_seconds, saved.persist_seconds)
+        )
+        if verdict is not None:
+            log.log(logging.INFO if self._forecaster.fits else logging.WARNING, "%s", verdict)
+        self._set_interval()
+
+    def _set_interval(self) -> None:
+        """Tell the trainer how often to save, where the job leaves that to us."""
+        seconds, sentence = self._forecaster.interval()
+        if sentence is not None:
+            log.info("%s", sentence)
         if self.board is not None:
-            self.board.persisted_step = saved.manifest.moment.step + 1
-        self._on_saved(saved)
-        self._post(machine.Saved(saved.durable_at, saved.manifest.moment.step))
+            self.board.interval_ms = int(1e3 * seconds)
 
     def _note_provenance(self, facts: dict[str, Any]) -> None:
         try:
@@ -182,3 +213,8 @@ class Clerk(threading.Thread):
             self._ledger.update(**changes)
         except StoreError as error:
             log.warning("the attempt's record could not be written: %s", error)
+
+
+def _be_nice() -> None:
+    """Give way to the trainer. On Linux niceness is a thread's, and its threads inherit it."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)

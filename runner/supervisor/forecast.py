@@ -14,6 +14,7 @@ from runner.checkpoint.attempts import AttemptRecord, parse_time
 FIRST_MEAN_SECONDS = 3600.0  # between failures, before this run has seen one
 FIRST_INTERVAL_SECONDS = 60.0  # until a first save has been measured
 _LEAST_INTERVAL_SECONDS = 5.0
+_WORTH_SAYING = 1.5
 
 
 @dataclass(frozen=True)
@@ -70,3 +71,49 @@ def mean_time_between_failures(records: Sequence[AttemptRecord]) -> float:
     if not deaths:
         return max(FIRST_MEAN_SECONDS, sum(lives))
     return sum(lives) / deaths
+
+
+class Forecaster:
+    """Keeps both estimates up to date, and says when they change."""
+
+    def __init__(self, grace_seconds: float, *, chooses_interval: bool) -> None:
+        self._grace_seconds, self._chooses_interval = grace_seconds, chooses_interval
+        self._mean_seconds = FIRST_MEAN_SECONDS
+        self._fits: bool | None = None
+        self._save_seconds: float | None = None
+        self._said_interval = 0.0
+
+    def attempt_begins(self, records: Sequence[AttemptRecord]) -> None:
+        """Learn from the attempts until now how long they live."""
+        self._mean_seconds = mean_time_between_failures(records)
+
+    def saved(self, save: EmergencySave) -> str | None:
+        """A save has been measured: the verdict, if it is the first or another than before."""
+        self._save_seconds = save.snapshot_seconds + save.persist_seconds
+        fits, sentence = save.verdict(self._grace_seconds)
+        if fits == self._fits:
+            return None
+        self._fits = fits
+        return sentence
+
+    @property
+    def fits(self) -> bool:
+        """Whether an emergency save fits into the grace, as far as is known."""
+        return self._fits is not False
+
+    def interval(self) -> tuple[float, str | None]:
+        """Seconds between two saves, and a sentence if it is clearly another than before; 0.0
+        where the job file has said when to save."""
+        if not self._chooses_interval:
+            return 0.0, None
+        if self._save_seconds is None:
+            return FIRST_INTERVAL_SECONDS, None
+        seconds = save_interval(self._save_seconds, self._mean_seconds)
+        said = self._said_interval
+        if said and 1 / _WORTH_SAYING < seconds / said < _WORTH_SAYING:
+            return seconds, None
+        self._said_interval = seconds
+        return seconds, (
+            f"saving every {seconds:.0f} s: a save takes {self._save_seconds:.2f} s, and a failure "
+            f"comes every {self._mean_seconds:.0f} s"
+        )

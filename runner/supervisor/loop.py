@@ -26,7 +26,7 @@ from watchdog.observers.api import BaseObserver
 
 from runner.checkpoint.archive import Archive
 from runner.checkpoint.attempts import Ledger, utc_now
-from runner.checkpoint.keeper import Keeper, Origin, Saved
+from runner.checkpoint.keeper import Keeper, Origin
 from runner.checkpoint.persist import Persister
 from runner.checkpoint.provenance import collect
 from runner.checkpoint.retention import Keep
@@ -39,6 +39,7 @@ from runner.spool import Spool, Why
 from runner.store import Store
 from runner.supervisor import index, machine
 from runner.supervisor.clerk import Clerk
+from runner.supervisor.forecast import Forecaster
 from runner.supervisor.output import Output
 from runner.supervisor.reaper import become_subreaper, reap_orphans
 
@@ -85,7 +86,7 @@ class Supervisor:
             persister,
             socket.gethostname(),
             self._events.put,
-            self._on_saved,
+            Forecaster(job.preemption.grace_seconds, chooses_interval=job.checkpoint.every is None),
         )
         self._store_url = store.url
         self._logs = index.logs_of(assignment.run_id, store.url)
@@ -149,6 +150,12 @@ class Supervisor:
         board = self._clerk.board
         step = 0 if board is None else board.step
         self._clerk.record(exit_code=code, end_step=step, ended_at=utc_now())
+        if code == 0 and board is not None and board.restored and not board.finished:
+            log.warning(
+                "the script ended before its loop over %s did: what is saved is the newest "
+                "snapshot; end early with run.stop(reason) to save the last state",
+                "epochs" if board.epochs else "batches",
+            )
         return machine.Exited(time.monotonic(), code, self._obeyed())
 
     def _progressed(self, now: float) -> machine.Event | None:
@@ -312,29 +319,21 @@ class Supervisor:
 
     def _plan(self, attempt: int) -> Plan:
         checkpoint, best = self._job.checkpoint, self._job.checkpoint.keep.best
+        every, snapshots = checkpoint.every, checkpoint.snapshot_every
         hold = os.environ.get(HOLD_VARIABLE)
         return Plan(
             run_id=self._assignment.run_id,
             attempt=attempt,
             output_dir=str(self._output_dir),
-            every_steps=checkpoint.every.steps,
-            every_minutes=checkpoint.every.minutes,
-            every_epochs=checkpoint.every.epochs,
-            snapshot_steps=checkpoint.snapshot_every.steps,
+            every_steps=every.steps if every else None,
+            every_minutes=every.minutes if every else None,
+            every_epochs=every.epochs if every else None,
+            every_auto=every is None,
+            snapshot_steps=snapshots.steps if snapshots else None,
             slots=checkpoint.slots,
             best=None if best is None else BestMetric(best.metric, best.mode, best.count),
             health_metrics=tuple(self._job.health.metrics),
             hold_at_step=int(hold) if hold else None,
-        )
-
-    def _on_saved(self, saved: Saved) -> None:
-        moment = saved.manifest.moment
-        log.info(
-            "saved %s (%s, %.1f MB in %.2f s)",
-            saved.manifest.name,
-            ", ".join(moment.triggers) or "newest state",
-            saved.manifest.nbytes / 1e6,
-            saved.persist_seconds,
         )
 
     def _collect_provenance(self) -> None:

@@ -22,6 +22,7 @@ from runner.spool import Request, Why
 from runner.training.capture import TrainingState
 from runner.training.metrics import Metrics
 from runner.training.preempted import Preempted
+from runner.training.rhythm import SnapshotRhythm
 from runner.training.session import SavedState, Session
 from runner.training.streams import Streams
 from runner.training.tensors import TensorSource
@@ -76,6 +77,7 @@ class Course:
         self._best: list[float] = []
         self._ask_to_save = False
         self._last_save = time.monotonic()
+        self._rhythm = SnapshotRhythm(session.plan.snapshot_steps)
         self._lap: float | None = None
         self._productive = 0.0
         self._productive_before = 0.0
@@ -179,9 +181,15 @@ class Course:
                 self._boundary(last=False, epoch_end=True)
 
     def leave_loop(self, loop: Loop) -> None:
-        """A loop has come to its end."""
+        """A loop has come to its end.
+
+        Its last state goes into a slot, whatever the rhythm: a script that breaks out of its epochs
+        and ends has nothing newer, and what it leaves must not depend on how fast it was.
+        """
         self._lap = None
         if self.loop is loop:
+            if self._rhythm.is_behind and not self._carries_gradients and not self.in_body:
+                self._snapshot(set())
             self.loop = None
 
     def _leave_loop(self) -> bool:
@@ -246,9 +254,11 @@ class Course:
         self._ask_to_save = True
 
     def _boundary(self, *, last: bool, epoch_end: bool) -> None:
-        now = time.monotonic()
         if self._lap is not None:
-            self._productive += now - self._lap
+            seconds = time.monotonic() - self._lap
+            self._productive += seconds
+            self.session.board.step_us = int(1e6 * seconds)
+            self._rhythm.stepped(seconds)
         self.in_body = False
         self.watch.settled()
         board, plan = self.session.board, self.session.plan
@@ -263,7 +273,7 @@ class Course:
         triggers = self._triggers(last=last, epoch_end=epoch_end)
         if asked is not None:
             triggers.add(asked.why.trigger)
-        if triggers or epoch_end or _divides(plan.snapshot_steps, self.place.step):
+        if triggers or self._rhythm.is_due(epoch_end=epoch_end):
             self._snapshot(triggers)
         if last:
             board.finished = 1
@@ -291,8 +301,10 @@ class Course:
     def _interval_is_over(self, *, epoch_end: bool) -> bool:
         plan, place = self.session.plan, self.place
         since = time.monotonic() - self._last_save
+        interval_ms = self.session.board.interval_ms if plan.every_auto else 0
         return (
             (plan.every_minutes is not None and since >= 60 * plan.every_minutes)
+            or (interval_ms > 0 and since >= interval_ms / 1e3)
             or (not epoch_end and _divides(plan.every_steps, place.step))
             or (epoch_end and _divides(plan.every_epochs, place.epoch))
         )
@@ -309,6 +321,7 @@ class Course:
         return True
 
     def _snapshot(self, triggers: set[str]) -> None:
+        begun = time.monotonic()
         document, sink = self.state.encode(self._progress())
         fresh, plan, place = self.metrics.fresh(), self.session.plan, self.place
         batch_size, batches = (None, None) if self.loop is None else self.loop.shape()
@@ -331,7 +344,8 @@ class Course:
                 productive_seconds=self._productive_before + self._productive,
             )
 
-        self.session.save(moment, document, sink)
+        if self.session.save(moment, document, sink):
+            self._rhythm.copied(time.monotonic() - begun)
         if triggers:
             self._ask_to_save = False
             self._last_save = time.monotonic()

@@ -35,14 +35,19 @@ class SnapshotRhythm:
         self._step_times: deque[float] = deque(maxlen=_SAMPLES)
         self._since = 0
 
-    def stepped(self, seconds: float | None) -> None:
+    def stepped(self, seconds: float) -> None:
         """A step has ended; how long it took, without the stall of a snapshot."""
         self._since += 1
-        if seconds is not None and self._fixed is None:
-            self._step_times.append(seconds)
+        self._step_times.append(seconds)
 
-    def is_due(self) -> bool:
-        return self._since >= self.steps
+    def is_due(self, *, epoch_end: bool) -> bool:
+        """Whether it is time; the end of an epoch is worth one where every step is."""
+        return self._since >= self.steps or (epoch_end and self.steps == 1)
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether steps have been made since the last snapshot."""
+        return self._since > 0
 
     def copied(self, stall_seconds: float) -> None:
         """A snapshot has been taken, and the loop has waited for it for so long."""

@@ -1,0 +1,48 @@
+"""The training that is measured: linear layers and AdamW in fp32, their state of a wanted size.
+
+Weights and two moments make three numbers per weight, so a state of M megabytes (10^6 bytes) has
+M / 12 million weights. What a step does depends on its number and the state alone, so that a run
+that was interrupted can be compared bit for bit with one that was not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from torch import nn
+
+LAYERS = 10
+_BYTES_PER_WEIGHT = 3 * 4
+_ROWS = 8
+
+
+def build(megabytes: float) -> tuple[nn.Sequential, torch.optim.AdamW]:
+    """A model and its optimizer whose state has about so many megabytes, the same at each call."""
+    torch.manual_seed(0)
+    width = round(math.sqrt(megabytes * 1e6 / (_BYTES_PER_WEIGHT * LAYERS)))
+    model = nn.Sequential(
+        *(layer for _ in range(LAYERS) for layer in (nn.Linear(width, width), nn.ReLU()))
+    )
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+
+def train_step(model: nn.Sequential, optimizer: torch.optim.AdamW, step: int) -> None:
+    """One optimizer step on data that follows from its number."""
+    width = model[0].in_features
+    rows = torch.randn(_ROWS, width, generator=torch.Generator().manual_seed(step))
+    loss = (model(rows) - rows).square().mean()
+    optimizer.zero_grad(set_to_none=False)  # to write over gradients is shorter than to fault in
+    loss.backward()
+    optimizer.step()
+
+
+def digest(model: nn.Sequential, optimizer: torch.optim.AdamW) -> str:
+    """SHA-256 over weights and moments, in hex digits; nothing of `runner` is used for it."""
+    total = hashlib.sha256()
+    for parameter in model.parameters():
+        moments = optimizer.state[parameter]
+        for tensor in (parameter, moments["exp_avg"], moments["exp_avg_sq"], moments["step"]):
+            total.update(tensor.detach().contiguous().numpy().data)
+    return total.hexdigest()

@@ -1,0 +1,846 @@
+"""The machine as tables of histories: events in, phase, actions and exit code out. No clock runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runner import exitcodes
+from runner.spool import Request, Why
+from runner.supervisor.machine import (
+    TERMINAL,
+    Action,
+    Ask,
+    Claim,
+    Claimed,
+    Drained,
+    DumpStacks,
+    EndAttempt,
+    Event,
+    Exited,
+    FencedOff,
+    Interrupt,
+    KillTree,
+    Launch,
+    LaunchFailed,
+    Notice,
+    PersistNewest,
+    Phase,
+    Policy,
+    PreparationFailed,
+    Progressed,
+    Relay,
+    Relayed,
+    Restore,
+    RestoreReady,
+    SaveAsked,
+    Saved,
+    SaveFailed,
+    Say,
+    StacksAsked,
+    State,
+    StopAsked,
+    Tick,
+    begin,
+    step,
+)
+
+GRACE = 30.0
+POLICY = Policy(grace_seconds=GRACE, failures=5, hang_timeout_seconds=600.0)
+
+
+def play(
+    events: Iterable[Event], state: State | None = None, policy: Policy = POLICY
+) -> tuple[State, list[Action]]:
+    """Feed the events one by one; the last state, and every action but the messages."""
+    performed: list[Action] = []
+    if state is None:
+        state, performed = begin(policy)
+    for event in events:
+        state, actions = step(state, event)
+        performed += actions
+    return state, [action for action in performed if not isinstance(action, Say)]
+
+
+def sigterm(at: float, grace: float = GRACE) -> Notice:
+    return Notice(at, "SIGTERM", at + grace)
+
+
+RESTORING: tuple[Event, ...] = (Claimed(0.1, 1),)
+RUNNING: tuple[Event, ...] = (*RESTORING, RestoreReady(0.2, 0))
+TRAINED: tuple[Event, ...] = (*RUNNING, Progressed(1.0, "training"), Saved(2.0, 10))
+CRASHED: tuple[Event, ...] = (*TRAINED, Exited(3.0, 1))
+BACKOFF: tuple[Event, ...] = (*CRASHED, Drained(4.0))
+HUNG: tuple[Event, ...] = (*TRAINED, Tick(601.1))
+DRAINING: tuple[Event, ...] = (*TRAINED, sigterm(5.0))
+FINISHING: tuple[Event, ...] = (*TRAINED, Exited(5.0, 0))
+
+UNFINISHED = {
+    Phase.STARTING: (),
+    Phase.RESTORING: RESTORING,
+    Phase.RUNNING: TRAINED,
+    Phase.DRAINING: DRAINING,
+    Phase.STOPPING: CRASHED,
+    Phase.BACKOFF: BACKOFF,
+}
+
+START = [Claim, Restore, Launch]
+
+HISTORIES: dict[str, tuple[Sequence[Event], Phase, list[type[Action]], int]] = {
+    # ------------------------------------------------------------ starting
+    "nothing has happened": ([], Phase.STARTING, [Claim], 0),
+    "the attempt is ours": (RESTORING, Phase.RESTORING, [Claim, Restore], 0),
+    "the state is in the spool": (RUNNING, Phase.RUNNING, START, 0),
+    "the store refuses the first attempt": (
+        [PreparationFailed(1.0, "full", final=False)],
+        Phase.BACKOFF,
+        [Claim, EndAttempt],
+        0,
+    ),
+    "the store refuses while it is restored from": (
+        [*RESTORING, PreparationFailed(1.0, "timeout", final=False), Tick(1.5), Tick(2.1)],
+        Phase.STARTING,
+        [Claim, Restore, EndAttempt, Claim],
+        0,
+    ),
+    "no checkpoint verifies": (
+        [*RESTORING, PreparationFailed(1.0, "none is sound", final=True)],
+        Phase.FAILED,
+        [Claim, Restore, EndAttempt],
+        exitcodes.GIVEN_UP,
+    ),
+    "the command cannot be started": (
+        [*RUNNING, LaunchFailed(0.3, "no such program")],
+        Phase.FAILED,
+        [*START, EndAttempt],
+        exitcodes.USAGE,
+    ),
+    "the machine has no room for one more process": (
+        [*RUNNING, PreparationFailed(0.3, "EAGAIN", final=False)],
+        Phase.BACKOFF,
+        [*START, EndAttempt],
+        0,
+    ),
+    # ------------------------------------------------------------ finishing
+    "it finishes": (
+        [*FINISHING, Saved(5.5, 20), Drained(5.6)],
+        Phase.SUCCEEDED,
+        [*START, PersistNewest, EndAttempt],
+        exitcodes.FINISHED,
+    ),
+    "it finishes and the final save has to be tried again": (
+        [*FINISHING, SaveFailed(5.5, "full"), Tick(5.6), Tick(6.1), Drained(7.0)],
+        Phase.SUCCEEDED,
+        [*START, PersistNewest, PersistNewest, EndAttempt],
+        exitcodes.FINISHED,
+    ),
+    "a preemption while the final state is saved": (
+        [*FINISHING, sigterm(5.1), Drained(6.0)],
+        Phase.SUCCEEDED,
+        [*START, PersistNewest, EndAttempt],
+        exitcodes.FINISHED,
+    ),
+    "the final state cannot be saved before the node goes": (
+        [*FINISHING, sigterm(5.1), SaveFailed(5.2, "down"), Tick(34.2)],
+        Phase.PREEMPTED,
+        [*START, PersistNewest, KillTree, EndAttempt],
+        exitcodes.PREEMPTED,
+    ),
+    "the final state cannot be saved and somebody presses Ctrl-C": (
+        [*FINISHING, SaveFailed(5.2, "down"), Interrupt(6.0), Tick(35.1)],
+        Phase.INTERRUPTED,
+        [*START, PersistNewest, KillTree, EndAttempt],
+        exitcodes.INTERRUPTED,
+    ),
+    # ------------------------------------------------------------ preemption
+    "it obeys at its next boundary": (
+        [*DRAINING, Exited(5.5, 75, obeyed=True), Saved(5.8, 11), Drained(5.9)],
+        Phase.PREEMPTED,
+        [*START, Ask, PersistNewest, EndAttempt],
+        exitcodes.PREEMPTED,
+    ),
+    "a script that turns the end into its own exit code": (
+        [*DRAINING, Exited(5.5, 1, obeyed=True), Drained(5.9)],
+        Phase.PREEMPTED,
+        [*START, Ask, PersistNewest, EndAttempt],
+        exitcodes.PREEMPTED,
+    ),
+    "a script that swallows the end and exits with 0": (
+        [*DRAINING, Exited(5.5, 0, obeyed=True), Drained(5.9)],
+        Phase.PREEMPTED,
+        [*START, Ask, PersistNewest, EndAttempt],
+        exitcodes.PREEMPTED,
+    ),
+    "a code that is never tried again, after the notice": (
+        [*DRAINING, Exited(5.5, 2), Drained(5.9)],
+        Phase.PREEMPTED,
+        [*START, Ask, PersistNewest, EndAttempt],
+        exitcodes.PREEMPTED,
+    ),
+    "it crashes after the notice": (
+        [*DRAINING, Exited(5.5, -11), Drained(5.9)],
+        Phase.PREEMPTED,
+        [*START, Ask, PersistNewest, EndAttempt],
+        exitcodes.PREEMPTED,
+    ),
+    "it finishes by itself after the notice": (
+        [*DRAINING, Exited(5.5, 0), Saved(5.6, 20), Drained(5.7)],
+        Phase.SUCCEEDED,
+        [*START, Ask, PersistNewest, EndAttempt],
+        exitcodes.FINISHED,
+    ),
+    "it finishes by itself after the notice, too late to be saved": (
+        [*DRAINING, Exited(33.0, 0), SaveFailed(33.5, "down"), Tick(34.1)],
+        Phase.PREEMPTED,
+        [*START, Ask, PersistNewest, KillTree, EndAttempt],
+        exitcodes.PREEMPTED,
+    ),
+    "it ignores the request": (
+        [*DRAINING, Tick(12.4), Tick(12.5), Saved(13.0, 10), Drained(13.0)],
+        Phase.PREEMPTED,
+        [*START, Ask, PersistNewest, KillTree, EndAttempt],
+        exitcodes.PREEMPTED,
+    ),
+    "it ignores the request and has never had a snapshot": (
+        [*RUNNING, sigterm(1.0), Tick(8.5), Drained(8.6)],
+        Phase.PREEMPTED,
+        [*START, Ask, PersistNewest, KillTree, EndAttempt],
+        exitcodes.PREEMPTED,
+    ),
+    "it comes to its boundary while an older slot is persisted": (
+        [*DRAINING, Tick(12.5), Exited(13.0, 75, obeyed=True), Drained(13.1), Drained(13.5)],
+        Phase.PREEMPTED,
+        [*START, Ask, PersistNewest, PersistNewest, EndAttempt],
+        exitcodes.PREEMPTED,
+    ),
+    "persisting takes longer than the grace": (
+        [*DRAINING, Tick(12.5), Tick(33.9), Tick(34.0)],
+        Phase.PREEMPTED,
+        [*START, Ask, PersistNewest, KillTree, EndAttempt],
+        exitcodes.PREEMPTED,
+    ),
+    "saving fails until the time is over": (
+        [
+            *DRAINING,
+            Exited(6.0, 75, obeyed=True),
+            *(event for i in range(3) for event in (SaveFailed(7.0 + i, "503"), Tick(7.5 + i))),
+            Tick(34.0),
+        ],
+        Phase.PREEMPTED,
+        [*START, Ask, *[PersistNewest] * 4, KillTree, EndAttempt],
+        exitcodes.PREEMPTED,
+    ),
+    "saving fails once": (
+        [*DRAINING, Exited(6.0, 75, obeyed=True), SaveFailed(7.0, "503"), Tick(7.5), Drained(8.0)],
+        Phase.PREEMPTED,
+        [*START, Ask, PersistNewest, PersistNewest, EndAttempt],
+        exitcodes.PREEMPTED,
+    ),
+    "an earlier save failed just before the notice": (
+        [*TRAINED, SaveFailed(4.9, "503"), sigterm(5.0), Tick(5.5), Tick(12.4)],
+        Phase.DRAINING,  # the trainer has its quarter of the grace all the same
+        [*START, Ask],
+        0,
+    ),
+    "an earlier save fails just after the notice": (
+        [*DRAINING, SaveFailed(5.1, "503"), Tick(5.7), Tick(12.4), Tick(12.5)],
+        Phase.DRAINING,
+        [*START, Ask, PersistNewest],
+        0,
+    ),
+    "a second notice leaves less time": (
+        [*TRAINED, sigterm(5.0, grace=120.0), sigterm(6.0, grace=8.0), Tick(7.9), Tick(8.0)],
+        Phase.DRAINING,
+        [*START, Ask, PersistNewest],
+        0,
+    ),
+    "a second notice leaves less time, and it is used up": (
+        [*TRAINED, sigterm(5.0, grace=120.0), sigterm(6.0, grace=8.0), Tick(8.0), Tick(13.1)],
+        Phase.PREEMPTED,
+        [*START, Ask, PersistNewest, KillTree, EndAttempt],
+        exitcodes.PREEMPTED,
+    ),
+    "a second notice promises more time than the first": (
+        [*DRAINING, sigterm(6.0, grace=600.0), Tick(12.5), Tick(34.0)],
+        Phase.PREEMPTED,
+        [*START, Ask, PersistNewest, KillTree, EndAttempt],
+        exitcodes.PREEMPTED,
+    ),
+    "SIGTERM before the attempt is claimed": (
+        [sigterm(0.05)],
+        Phase.PREEMPTED,
+        [Claim, EndAttempt],
+        exitcodes.PREEMPTED,
+    ),
+    "SIGTERM while restoring": (
+        [*RESTORING, sigterm(0.15), RestoreReady(0.2, 0)],
+        Phase.PREEMPTED,
+        [Claim, Restore, EndAttempt],
+        exitcodes.PREEMPTED,
+    ),
+    "SIGTERM between two attempts": (
+        [*BACKOFF, sigterm(4.1), Tick(60.0)],
+        Phase.PREEMPTED,
+        [*START, KillTree, PersistNewest, EndAttempt, EndAttempt],
+        exitcodes.PREEMPTED,
+    ),
+    "SIGTERM after a crash, while its state is saved": (
+        [*CRASHED, sigterm(3.5), Drained(4.0)],
+        Phase.PREEMPTED,
+        [*START, KillTree, PersistNewest, EndAttempt],
+        exitcodes.PREEMPTED,
+    ),
+    "SIGTERM after a crash whose state cannot be saved": (
+        [*CRASHED, sigterm(3.5), SaveFailed(4.0, "503"), Tick(4.4), Tick(4.5), Tick(32.5)],
+        Phase.PREEMPTED,
+        [*START, KillTree, PersistNewest, PersistNewest, KillTree, EndAttempt],
+        exitcodes.PREEMPTED,
+    ),
+    "SIGTERM after a code that is never tried again": (
+        [*TRAINED, Exited(3.0, 2), sigterm(3.5), Drained(4.0)],
+        Phase.FAILED,
+        [*START, KillTree, PersistNewest, EndAttempt],
+        2,
+    ),
+    # ------------------------------------------------------------ interrupt and stop
+    "Ctrl-C": (
+        [*TRAINED, Interrupt(5.0), Exited(5.5, 75, obeyed=True), Drained(5.9)],
+        Phase.INTERRUPTED,
+        [*START, Ask, PersistNewest, EndAttempt],
+        exitcodes.INTERRUPTED,
+    ),
+    "Ctrl-C has the grace too": (
+        [*TRAINED, Interrupt(5.0), Tick(12.5), Tick(34.0)],
+        Phase.INTERRUPTED,
+        [*START, Ask, PersistNewest, KillTree, EndAttempt],
+        exitcodes.INTERRUPTED,
+    ),
+    "Ctrl-C twice": (
+        [*TRAINED, Interrupt(5.0), Interrupt(5.5)],
+        Phase.INTERRUPTED,
+        [*START, Ask, KillTree, EndAttempt],
+        exitcodes.INTERRUPTED,
+    ),
+    "Ctrl-C twice after a crash whose state cannot be saved": (
+        [*CRASHED, SaveFailed(3.1, "503"), Interrupt(5.0), Interrupt(5.5)],
+        Phase.INTERRUPTED,
+        [*START, KillTree, PersistNewest, KillTree, EndAttempt],
+        exitcodes.INTERRUPTED,
+    ),
+    "Ctrl-C twice after SIGTERM": (
+        [*DRAINING, Interrupt(5.5), Interrupt(6.0)],
+        Phase.INTERRUPTED,
+        [*START, Ask, KillTree, EndAttempt],
+        exitcodes.INTERRUPTED,
+    ),
+    "Ctrl-C once after SIGTERM": (
+        [*DRAINING, Interrupt(5.5), Exited(6.0, 75, obeyed=True), Drained(6.5)],
+        Phase.PREEMPTED,
+        [*START, Ask, PersistNewest, EndAttempt],
+        exitcodes.PREEMPTED,
+    ),
+    "Ctrl-C twice while a finished run cannot be saved": (
+        [*FINISHING, SaveFailed(5.5, "503"), Interrupt(6.0), Interrupt(6.5)],
+        Phase.INTERRUPTED,
+        [*START, PersistNewest, KillTree, EndAttempt],
+        exitcodes.INTERRUPTED,
+    ),
+    "Ctrl-C between two attempts": (
+        [*BACKOFF, Interrupt(4.1)],
+        Phase.INTERRUPTED,
+        [*START, KillTree, PersistNewest, EndAttempt, EndAttempt],
+        exitcodes.INTERRUPTED,
+    ),
+    "Ctrl-C before anything": (
+        [Interrupt(0.05)],
+        Phase.INTERRUPTED,
+        [Claim, EndAttempt],
+        exitcodes.INTERRUPTED,
+    ),
+    "runner stop": (
+        [*TRAINED, StopAsked(5.0), Exited(5.5, 75, obeyed=True), Drained(5.9)],
+        Phase.STOPPED,
+        [*START, Ask, PersistNewest, EndAttempt],
+        exitcodes.INTERRUPTED,
+    ),
+    "runner stop while restoring": (
+        [*RESTORING, StopAsked(5.0)],
+        Phase.STOPPED,
+        [Claim, Restore, EndAttempt],
+        exitcodes.INTERRUPTED,
+    ),
+    "runner stop between two attempts": (
+        [*BACKOFF, StopAsked(4.1)],
+        Phase.STOPPED,
+        [*START, KillTree, PersistNewest, EndAttempt, EndAttempt],
+        exitcodes.INTERRUPTED,
+    ),
+    "runner stop after a crash": (
+        [*CRASHED, StopAsked(3.5), Drained(4.0)],
+        Phase.STOPPED,
+        [*START, KillTree, PersistNewest, EndAttempt],
+        exitcodes.INTERRUPTED,
+    ),
+    "SIGTERM after runner stop": (
+        [*TRAINED, StopAsked(5.0), sigterm(5.1), Exited(5.5, 75, obeyed=True), Drained(5.9)],
+        Phase.PREEMPTED,
+        [*START, Ask, PersistNewest, EndAttempt],
+        exitcodes.PREEMPTED,
+    ),
+    # ------------------------------------------------------------ failures
+    "it crashes": (CRASHED, Phase.STOPPING, [*START, KillTree, PersistNewest], 0),
+    "it crashes and its state is saved": (
+        BACKOFF,
+        Phase.BACKOFF,
+        [*START, KillTree, PersistNewest, EndAttempt],
+        0,
+    ),
+    "the backoff is over": (
+        [*BACKOFF, Tick(4.9), Tick(5.0)],
+        Phase.STARTING,
+        [*START, KillTree, PersistNewest, EndAttempt, Claim],
+        0,
+    ),
+    "a save that fails does not shorten the backoff": (
+        [*BACKOFF, SaveFailed(4.1, "503"), Tick(4.7)],
+        Phase.BACKOFF,
+        [*START, KillTree, PersistNewest, EndAttempt],
+        0,
+    ),
+    "a code that is never tried again": (
+        [*TRAINED, Exited(3.0, 2), Drained(4.0)],
+        Phase.FAILED,
+        [*START, KillTree, PersistNewest, EndAttempt],
+        2,
+    ),
+    "75 without having been asked is a failure like others": (
+        [*TRAINED, Exited(3.0, 75), Drained(4.0)],
+        Phase.BACKOFF,
+        [*START, KillTree, PersistNewest, EndAttempt],
+        0,
+    ),
+    # ------------------------------------------------------------ hangs
+    "just not hung": ([*TRAINED, Tick(601.0)], Phase.RUNNING, START, 0),
+    "it hangs": (HUNG, Phase.STOPPING, [*START, DumpStacks], 0),
+    "it hangs, and is killed when its stacks are out": (
+        [*HUNG, Tick(602.0), Tick(602.1), Exited(602.2, -9), Drained(603.0)],
+        Phase.BACKOFF,
+        [*START, DumpStacks, KillTree, KillTree, PersistNewest, EndAttempt],
+        0,
+    ),
+    "it hangs, and dies of the question": (
+        [*HUNG, Exited(601.2, -34), Tick(602.2), Drained(603.0)],
+        Phase.BACKOFF,
+        [*START, DumpStacks, KillTree, PersistNewest, EndAttempt],
+        0,
+    ),
+    "it hangs before its first step": (
+        [*RUNNING, Tick(600.3)],
+        Phase.STOPPING,
+        [*START, DumpStacks],
+        0,
+    ),
+    "SIGTERM while the stacks come out": (
+        [*HUNG, sigterm(601.5), Tick(602.1), Exited(602.2, -9), Drained(603.0)],
+        Phase.PREEMPTED,
+        [*START, DumpStacks, KillTree, KillTree, PersistNewest, EndAttempt],
+        exitcodes.PREEMPTED,
+    ),
+    "it moves again and again": (
+        [*TRAINED, *(Progressed(500.0 * i, "training") for i in range(1, 9)), Tick(4600.0)],
+        Phase.RUNNING,
+        START,
+        0,
+    ),
+    "a test after training gives no sign of life": (
+        [*TRAINED, Progressed(3.0, "after training"), Tick(9000.0)],
+        Phase.RUNNING,
+        START,
+        0,
+    ),
+    # ------------------------------------------------------------ requests
+    "a save is asked for": ([*TRAINED, SaveAsked(3.0)], Phase.RUNNING, [*START, Ask], 0),
+    "a save is asked for too late": ([*DRAINING, SaveAsked(5.1)], Phase.DRAINING, [*START, Ask], 0),
+    "a save is asked for too early": ([SaveAsked(0.0)], Phase.STARTING, [Claim], 0),
+    "a signal for the trainer": ([*TRAINED, Relayed(3.0, 1)], Phase.RUNNING, [*START, Relay], 0),
+    "a signal for a trainer that is draining": (
+        [*DRAINING, Relayed(6.0, 12)],
+        Phase.DRAINING,
+        [*START, Ask, Relay],
+        0,
+    ),
+    "a signal for no trainer": ([Relayed(0.0, 1)], Phase.STARTING, [Claim], 0),
+    "stacks are asked for": ([*TRAINED, StacksAsked(3.0)], Phase.RUNNING, [*START, DumpStacks], 0),
+}
+
+
+@pytest.mark.parametrize(
+    ("events", "phase", "actions", "exit_code"), HISTORIES.values(), ids=list(HISTORIES)
+)
+def test_a_history_ends_where_it_should(
+    events: Sequence[Event], phase: Phase, actions: list[type[Action]], exit_code: int
+) -> None:
+    state, performed = play(events)
+
+    assert [type(action) for action in performed] == actions
+    assert state.phase is phase
+    assert state.exit_code == exit_code
+
+
+# ---------------------------------------------------------------- what is asked and saved
+
+
+@pytest.mark.parametrize(
+    ("event", "why"),
+    [
+        (sigterm(5.0), Why.PREEMPTION),
+        (Interrupt(5.0), Why.INTERRUPT),
+        (StopAsked(5.0), Why.INTERRUPT),
+    ],
+)
+def test_the_trainer_is_told_why_and_until_when(event: Event, why: Why) -> None:
+    state, performed = play([*TRAINED, event, Exited(6.0, 75, obeyed=True)])
+
+    assert performed[-2:] == [
+        Ask(Request.SAVE_AND_STOP, why, 35.0),
+        PersistNewest((why.trigger,)),
+    ]
+    assert state.phase is Phase.DRAINING
+
+
+TRIGGERS = {
+    "finished": (FINISHING, ("final",)),
+    "finished after the notice": ([*DRAINING, Exited(6.0, 0)], ("final",)),
+    "crashed": (CRASHED, ()),
+    "crashed after the notice": ([*DRAINING, Exited(6.0, 1)], ("preemption",)),
+    "no boundary within a quarter of the grace": ([*DRAINING, Tick(12.5)], ("preemption",)),
+    "tried again": (
+        [*DRAINING, Exited(6.0, 1), SaveFailed(7.0, "503"), Tick(8.0)],
+        ("preemption",),
+    ),
+    "a notice while a hung trainer is being killed": (
+        [*HUNG, sigterm(601.5), Exited(602.2, -9)],
+        ("preemption",),
+    ),
+    "a notice while a crashed one is saved": (
+        [*CRASHED, sigterm(3.5), SaveFailed(4.0, "503"), Tick(4.5)],
+        ("preemption",),
+    ),
+}
+
+
+@pytest.mark.parametrize(("events", "triggers"), TRIGGERS.values(), ids=list(TRIGGERS))
+def test_a_checkpoint_says_why_it_was_made(
+    events: Sequence[Event], triggers: tuple[str, ...]
+) -> None:
+    _, performed = play(events)
+
+    assert [a for a in performed if isinstance(a, PersistNewest)][-1] == PersistNewest(triggers)
+
+
+@pytest.mark.parametrize(
+    ("events", "outcome", "cause"),
+    [
+        ([*FINISHING, Drained(6.0)], "succeeded", "finished"),
+        ([*DRAINING, Exited(6.0, 75, True), Drained(7.0)], "preempted", "preemption (SIGTERM)"),
+        ([*TRAINED, StopAsked(3.0), Exited(6.0, 75, True), Drained(7.0)], "stopped", "stop"),
+        ([*TRAINED, Exited(3.0, 3), Drained(4.0)], "failed", "the trainer exited with code 3"),
+        ([*TRAINED, Exited(3.0, -9), Drained(4.0)], "failed", "the trainer was killed by SIGKILL"),
+        ([*TRAINED, Exited(3.0, -35), Drained(4.0)], "failed", "the trainer was killed by signal"),
+        ([*HUNG, Tick(602.1), Exited(602.2, -9), Drained(603.0)], "failed", "hang"),
+        ([*RUNNING, LaunchFailed(0.3, "no such program")], "failed", "no such program"),
+    ],
+)
+def test_an_attempts_record_says_how_it_ended(
+    events: Sequence[Event], outcome: str, cause: str
+) -> None:
+    _, performed = play(events)
+
+    end = performed[-1]
+    assert isinstance(end, EndAttempt)
+    assert end.outcome == outcome
+    assert end.cause.startswith(cause)
+
+
+# ---------------------------------------------------------------- the budget
+
+
+def failing(at: float, *, durable: int | None = None, code: int = 1) -> list[Event]:
+    """One attempt, from the claim to the end of its backoff, that fails after a save or without."""
+    saved: list[Event] = [] if durable is None else [Saved(at + 0.3, durable)]
+    return [
+        Claimed(at, 1),
+        RestoreReady(at + 0.1, 0),
+        *saved,
+        Exited(at + 0.5, code),
+        Drained(at + 0.6),
+        Tick(at + 99.0),
+    ]
+
+
+def failures(count: int, *, durable: int | None = None) -> list[Event]:
+    return [event for i in range(count) for event in failing(100.0 * i, durable=durable)]
+
+
+@pytest.mark.parametrize("budget", [0, 1, 5])
+def test_the_run_is_given_up_when_the_budget_is_spent(budget: int) -> None:
+    policy = Policy(failures=budget)
+
+    almost, _ = play(failures(budget), policy=policy)
+    spent, performed = play(failures(budget + 1), policy=policy)
+
+    assert almost.phase is Phase.STARTING
+    assert (spent.phase, spent.exit_code) == (Phase.FAILED, exitcodes.GIVEN_UP)
+    assert [type(a) for a in performed].count(Launch) == budget + 1
+
+
+def test_a_run_is_given_up_with_70_whatever_the_trainers_code_was() -> None:
+    for code in (1, 3, 70, 75, 76, 130, -9):
+        state, _ = play(failing(0.0, code=code), policy=Policy(failures=0))
+
+        assert state.exit_code == exitcodes.GIVEN_UP
+
+
+def test_a_later_durable_step_makes_the_budget_whole_again() -> None:
+    policy = Policy(failures=1)
+    progressing = [event for i in range(9) for event in failing(100.0 * i, durable=i)]
+
+    state, performed = play(progressing, policy=policy)
+
+    assert state.phase is Phase.STARTING
+    assert [type(a) for a in performed].count(Launch) == 9
+
+
+def test_saving_the_same_step_again_is_no_progress() -> None:
+    state, performed = play(failures(9, durable=10), policy=Policy(failures=2))
+
+    assert state.phase is Phase.FAILED
+    assert [type(a) for a in performed].count(Launch) == 3
+
+
+def test_going_back_and_forth_over_the_same_steps_is_no_progress() -> None:
+    policy = Policy(failures=3)
+    steps = [10, 12, 11, 12, 9, 8]
+    events = [event for i, at in enumerate(steps) for event in failing(100.0 * i, durable=at)]
+
+    state, performed = play(events, policy=policy)
+
+    assert state.phase is Phase.FAILED
+    assert [type(a) for a in performed].count(Launch) == 5  # one at step 10, four at step 12
+
+
+def test_a_store_that_refuses_uses_up_the_budget_too() -> None:
+    refusals = [PreparationFailed(100.0 * i, "403", final=False) for i in range(3)]
+    events = [event for refusal in refusals for event in (refusal, Tick(refusal.at + 99.0))]
+
+    state, _ = play(events, policy=Policy(failures=2))
+
+    assert (state.phase, state.exit_code) == (Phase.FAILED, exitcodes.GIVEN_UP)
+
+
+def test_preemptions_neither_count_as_failures_nor_as_progress() -> None:
+    """The next supervisor starts with a whole budget; in this one, nothing follows a preemption."""
+    before, _ = play([*failures(2), Claimed(200.0, 3), RestoreReady(200.1, 0)])
+
+    after, _ = play([sigterm(201.0), Exited(202.0, 75, obeyed=True), Drained(203.0)], before)
+
+    assert after.phase is Phase.PREEMPTED
+    assert (after.failures, after.durable_step) == (before.failures, before.durable_step)
+
+
+def test_the_backoff_doubles_up_to_its_longest() -> None:
+    policy = Policy(failures=20, backoff_initial_seconds=1.0, backoff_max_seconds=10.0)
+    state, _ = begin(policy)
+    waits = []
+    for i in range(7):
+        state, _ = play(failing(100.0 * i)[:-1], state)
+        assert state.retry_at is not None
+        waits.append(state.retry_at - (100.0 * i + 0.6))
+        state, _ = step(state, Tick(100.0 * i + 99.0))
+
+    assert waits == pytest.approx([1, 2, 4, 8, 10, 10, 10])
+
+
+def test_a_budget_of_thousands_is_spent_without_an_error() -> None:
+    state, _ = begin(Policy(failures=5000, backoff_max_seconds=1.0))
+    state, performed = play(failures(2000), state)
+
+    assert state.phase is Phase.STARTING
+    assert [type(a) for a in performed].count(Launch) == 2000
+
+
+def test_from_the_third_start_at_one_step_on_each_goes_back_one_more() -> None:
+    _, performed = play(failures(5))
+
+    assert [a.go_back for a in performed if isinstance(a, Restore)] == [0, 0, 1, 2, 3]
+
+
+def test_after_progress_nothing_is_gone_back_over() -> None:
+    progress = [event for at in (200.0, 300.0) for event in failing(at, durable=7)]
+
+    _, performed = play([*failures(2), *progress])
+
+    # A new step is durable after the third start, so the fourth is the second one at that step.
+    assert [a.go_back for a in performed if isinstance(a, Restore)] == [0, 0, 1, 0]
+
+
+def test_codes_that_are_never_tried_again_are_the_policys() -> None:
+    policy = Policy(never=(3, 4))
+
+    for code, phase in ((2, Phase.BACKOFF), (3, Phase.FAILED), (4, Phase.FAILED)):
+        state, _ = play([*TRAINED, Exited(3.0, code), Drained(4.0)], policy=policy)
+
+        assert state.phase is phase
+        assert state.exit_code == (code if phase is Phase.FAILED else 0)
+
+
+# ---------------------------------------------------------------- the end is the end
+
+
+@pytest.mark.parametrize("phase", UNFINISHED, ids=lambda phase: phase.value)
+def test_a_newer_supervisor_ends_it_in_every_phase(phase: Phase) -> None:
+    before, _ = play(UNFINISHED[phase])
+    assert before.phase is phase
+
+    state, performed = play([FencedOff(700.0, "attempt 9 is another supervisor's")], before)
+
+    assert (state.phase, state.exit_code) == (Phase.FENCED, exitcodes.FENCED)
+    assert [type(action) for action in performed] == [KillTree]
+
+
+EVENTS_OF_EACH_KIND: list[Event] = [
+    Claimed(999.0, 2),
+    RestoreReady(999.0, 5),
+    PreparationFailed(999.0, "x", final=True),
+    LaunchFailed(999.0, "x"),
+    Exited(999.0, 0),
+    Progressed(999.0, "training"),
+    Saved(999.0, 99),
+    Drained(999.0),
+    SaveFailed(999.0, "x"),
+    sigterm(999.0),
+    Interrupt(999.0),
+    StopAsked(999.0),
+    SaveAsked(999.0),
+    Relayed(999.0, 1),
+    StacksAsked(999.0),
+    FencedOff(999.0, "x"),
+    Tick(9999.0),
+]
+
+
+def test_there_is_an_example_of_every_event() -> None:
+    assert {type(event) for event in EVENTS_OF_EACH_KIND} == set(Event.__subclasses__())
+
+
+@pytest.mark.parametrize("phase", sorted(TERMINAL, key=lambda phase: phase.value))
+@pytest.mark.parametrize("event", EVENTS_OF_EACH_KIND, ids=lambda event: type(event).__name__)
+def test_a_terminal_state_never_changes(phase: Phase, event: Event) -> None:
+    over = replace(State(), phase=phase)
+
+    assert step(over, event) == (over, [])
+
+
+@st.composite
+def histories(draw: st.DrawFn) -> list[Event]:
+    """Any events in any order, their times in order."""
+    at = 0.0
+    events: list[Event] = []
+    texts = st.sampled_from(["a", "b"])
+    codes = st.sampled_from([0, 1, 2, 3, 75, 76, 130, -9, -15, -34])
+    kinds = {
+        Claimed: st.tuples(st.integers(1, 9)),
+        RestoreReady: st.tuples(st.integers(0, 9)),
+        PreparationFailed: st.tuples(texts, st.booleans()),
+        LaunchFailed: st.tuples(texts),
+        Exited: st.tuples(codes, st.booleans()),
+        Progressed: st.tuples(st.sampled_from(["training", "after training"])),
+        Saved: st.tuples(st.integers(0, 9)),
+        Drained: st.just(()),
+        SaveFailed: st.tuples(texts),
+        Interrupt: st.just(()),
+        StopAsked: st.just(()),
+        SaveAsked: st.just(()),
+        Relayed: st.tuples(st.sampled_from([1, 12])),
+        StacksAsked: st.just(()),
+        FencedOff: st.tuples(texts),
+        Tick: st.just(()),
+    }
+    # Weighted so that some histories get past their first events.
+    usual = [Claimed, RestoreReady, Drained, Tick, Exited, Saved]
+    for _ in range(draw(st.integers(0, 40))):
+        at += draw(st.sampled_from([0.0, 0.3, 1.0, 7.5, 30.0, 700.0]))
+        kind = draw(st.sampled_from([*kinds, Notice, *usual, *usual, *usual]))
+        if kind is Notice:
+            events.append(Notice(at, "SIGTERM", at + draw(st.sampled_from([0.0, 2.0, 30.0, 120.0]))))
+        else:
+            events.append(kind(at, *draw(kinds[kind])))
+    return events
+
+
+POLICIES = st.builds(
+    Policy,
+    failures=st.sampled_from([0, 1, 5]),
+    never=st.sampled_from([(), (2,), (2, 3)]),
+    hang_timeout_seconds=st.sampled_from([5.0, 600.0]),
+)
+
+
+@given(POLICIES, histories())
+def test_no_history_breaks_the_machine(policy: Policy, events: list[Event]) -> None:
+    state, actions = begin(policy)
+    claims = launches = persisting = 0
+    running = tree_may_live = False
+    for event in events:
+        before = state
+        state, actions = step(state, event) if event is not None else (state, actions)
+        if before.phase in TERMINAL:
+            assert (state, actions) == (before, [])
+            continue
+        if isinstance(event, Exited | LaunchFailed | PreparationFailed):
+            running = False
+        if isinstance(event, LaunchFailed | PreparationFailed):
+            tree_may_live = False  # nothing was started
+        if isinstance(event, Drained | SaveFailed):
+            persisting = 0
+        for action in actions:
+            match action:
+                case Claim():
+                    claims += 1
+                case Launch():
+                    assert not tree_may_live, "the tree of the one before was never killed"
+                    assert launches <= claims, "each start has an attempt of its own"
+                    launches += 1
+                    running = tree_may_live = True
+                case KillTree():
+                    running = tree_may_live = False
+                case PersistNewest():
+                    assert not persisting, "what is being persisted is not asked for twice"
+                    persisting = 1
+                case Ask(kind, _, _):
+                    assert kind is Request.SAVE or state.deadline is not None
+        if state.phase in TERMINAL:
+            assert not running, "a trainer is left behind"
+            known = {0, 2, 70, 75, 76, 130, *policy.never}
+            assert state.exit_code in known
+            assert (state.exit_code == 0) == (state.phase is Phase.SUCCEEDED)
+        else:
+            assert state.exit_code in {0, *policy.never}
+        if isinstance(event, Tick) and before.deadline is not None:
+            assert event.at < before.deadline or state.phase in TERMINAL, "the grace is over"
+
+
+@given(histories())
+def test_only_ticks_and_fences_are_obeyed_twice(events: list[Event]) -> None:
+    """An event that is late or comes twice never starts a second trainer."""
+    state, _ = begin(POLICY)
+    for event in events:
+        state, first = step(state, event)
+        again, second = step(state, event)
+        if isinstance(event, Claimed | RestoreReady | Drained):
+            assert not ({type(a) for a in first} & {Launch, Restore} and second)
+            assert again.phase is state.phase or isinstance(event, Drained)
