@@ -229,7 +229,12 @@ class Checkpoint(Part):
         default=None,
         description="When to copy the state into a slot; `auto`: with a stall under 1 %.",
     )
-    slots: int = Field(default=2, ge=1, le=8, description="Snapshots held in memory at once.")
+    slots: int = Field(
+        default=2, ge=0, le=8, description="Snapshots held in memory at once; 0: one, on disk."
+    )
+    overlap: bool = Field(
+        default=True, description="Copy out of a GPU beside the next step, where that is safe."
+    )
     keep: Keep = Keep()
 
 

@@ -27,6 +27,7 @@ class Plan:
 
     With `every_auto` the supervisor gives the interval, on the board. `snapshot_steps` None is to
     find out.
+    `disk` is where a slot goes that memory is too short for; with 0 slots there is only that one.
     `hold_at_step` makes the trainer wait at the first boundary with at least this step until it is
     asked for something: how a simulated node hits a run at an exact place.
     """
@@ -34,12 +35,14 @@ class Plan:
     run_id: str
     attempt: int
     output_dir: str
+    disk: str
     every_steps: int | None = None
     every_minutes: float | None = None
     every_epochs: int | None = None
     every_auto: bool = False
     snapshot_steps: int | None = None
     slots: int = 2
+    overlap: bool = True
     best: BestMetric | None = None
     health_metrics: tuple[str, ...] = ()
     hold_at_step: int | None = None

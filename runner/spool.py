@@ -179,6 +179,29 @@ class RankSpool:
     def slot_path(self, slot: int) -> Path:
         return self.folder / f"slot-{slot}"
 
+    def put_on_disk(self, slot: int, disk: Path) -> bool:
+        """Let a slot be a file in `disk`, where memory is too short for it. Its content is lost.
+
+        False, and nothing is done, while the supervisor has it claimed.
+        """
+        path = self.slot_path(slot)
+        if path.is_symlink():
+            return True
+        if self.is_claimed(slot):
+            return False
+        disk.mkdir(mode=0o700, parents=True, exist_ok=True)
+        target = disk / f"{self.folder.parent.name}-{self.folder.name}-slot-{slot}"
+        self.withdraw(slot)
+        path.unlink(missing_ok=True)
+        path.symlink_to(target)
+        return True
+
+    def remove_disk_slots(self) -> None:
+        """Delete the files that slots on disk are."""
+        for path in self.folder.glob("slot-?"):
+            if path.is_symlink():
+                path.readlink().unlink(missing_ok=True)
+
     # ------------------------------------------------------------------ the trainer's side
 
     def lock(self) -> IO[bytes]:
@@ -329,6 +352,7 @@ class Spool:
 
     def remove(self) -> None:
         """Delete it with everything in it."""
+        self.rank.remove_disk_slots()
         shutil.rmtree(self.path, ignore_errors=True)
         self.close()
 
@@ -365,7 +389,7 @@ def open_slot(path: Path, nbytes: int) -> mmap.mmap:
     Without the reservation a tmpfs that is full answers a store into the mapping with SIGBUS.
     Raises SpoolFull if there is no room; a slot that was there keeps its content then.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         size = max(os.fstat(descriptor).st_size, nbytes, 1)
         try:

@@ -220,7 +220,7 @@ REFUSED = {
     "checkpoint: {every: {epochs: -1}}": "every.epochs: expected 1 or more, got -1",
     "checkpoint: {every: {steps: , minutes: 1}}": "every.steps: has no value",
     "checkpoint: {snapshot_every: 5}": "snapshot_every: expected auto, or a mapping with keys",
-    "checkpoint: {slots: 0}": "checkpoint.slots: expected 1 or more, got 0",
+    "checkpoint: {slots: -1}": "checkpoint.slots: expected 0 or more, got -1",
     "checkpoint: {slots: 9}": "checkpoint.slots: expected 8 or less, got 9",
     "checkpoint: {keep: {last: 0}}": "checkpoint.keep.last: expected 1 or more, got 0",
     "checkpoint: {keep: {best: {}}}": "checkpoint.keep.best.metric: is missing",

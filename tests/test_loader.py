@@ -512,13 +512,22 @@ def test_a_generator_that_the_body_draws_from_as_well(workers: int) -> None:
     assert first + second == expected
 
 
-@pytest.mark.parametrize("seed_of", [lambda epoch: 50 + epoch, lambda epoch: 50])
-@pytest.mark.parametrize("stop", [{"stop_at_epoch": 1}, {"stop_after": 9}])
+@pytest.mark.parametrize(
+    ("stride", "stop"),
+    [
+        (1, {"stop_at_epoch": 0}),
+        (1, {"stop_at_epoch": 1}),
+        (1, {"stop_after": 9}),
+        # After its first epoch, such a script looks like one that has seeded once for all.
+        (0, {"stop_at_epoch": 1}),
+        (0, {"stop_after": 9}),
+    ],
+)
 def test_a_generator_that_the_script_seeds_for_each_epoch(
-    seed_of: Callable[[int], int], stop: dict[str, int]
+    stride: int, stop: dict[str, int]
 ) -> None:
     def before_epoch(loader: Any, epoch: int) -> None:
-        loader.generator.manual_seed(seed_of(epoch))
+        loader.generator.manual_seed(50 + stride * epoch)
 
     make = MAP["with a generator"]
     expected, _ = play(make, epochs=3, before_epoch=before_epoch)
@@ -540,6 +549,28 @@ def test_torchdatas_loader_continues_from_its_own_state() -> None:
     for stop in ({"stop_after": 2}, {"stop_after": 6}, {"stop_after": 8}, {"stop_at_epoch": 0}):
         first, saved = play(make, **stop)  # type: ignore[arg-type]
         assert first + play(make, 0, saved)[0] == expected
+
+
+class Shuffled(IterableDataset[torch.Tensor]):
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        order = list(range(SAMPLES))
+        random.shuffle(order)
+        yield from torch.tensor(order)
+
+
+def test_torchdatas_loader_keeps_an_order_that_is_drawn_at_the_start(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    stateful = pytest.importorskip("torchdata.stateful_dataloader")
+
+    def make(workers: int) -> Any:
+        return stateful.StatefulDataLoader(Shuffled(), BATCH)
+
+    expected, _ = play(make)
+    first, saved = play(make, stop_after=3)
+
+    assert first + play(make, 0, saved)[0] == expected
+    assert "may differ from a run without the interruption" in caplog.text
 
 
 # ---------------------------------------------------------------- like the plain loader
@@ -652,7 +683,9 @@ def test_what_loading_draws_is_not_what_the_body_draws() -> None:
 
 
 class CountsEpochs(DataLoader[Any]):
-    epoch = 0
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.epoch = 0
 
     def __iter__(self) -> Any:
         self.sampler.set_epoch(self.epoch)  # type: ignore[union-attr]
@@ -714,6 +747,7 @@ def test_an_error_in_one_batch_uses_it_up_as_in_the_plain_loader(workers: int) -
                 seen.append(next(batches).flatten().tolist())
             except ValueError:
                 seen.append("error")
+                assert not isinstance(batches, Pass) or batches.done == begin + len(seen)
                 continue
             except StopIteration:
                 return seen, state

@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from runner.checkpoint import format as fmt
@@ -23,8 +24,10 @@ from runner.errors import (
     CheckpointInvalid,
     NoValidCheckpoint,
     RunnerError,
+    SpoolFull,
     StoreError,
 )
+from runner.memory import available_bytes, slots_that_fit
 from runner.spool import Marker, RankSpool, open_slot, read_json, view_slot
 
 log = logging.getLogger(__name__)
@@ -71,9 +74,12 @@ class Keeper:
         *,
         best: tuple[str, str] | None = None,
         prefer_healthy: bool = False,
+        disk: Path | None = None,
+        always_disk: bool = False,
     ) -> None:
         self._rank, self._persister, self._archive = rank, persister, archive
         self._best, self._prefer_healthy = best, prefer_healthy
+        self._disk, self._always_disk = disk, always_disk
         self._durable = _NEVER
         self._restoring: int | None = None
         self._foreign = False  # another run's checkpoint, whose numbers mean nothing here
@@ -177,7 +183,15 @@ class Keeper:
         return archive.find(which, metric, mode)
 
     def _slot_memory(self, nbytes: int) -> memoryview:
-        return memoryview(open_slot(self._rank.slot_path(0), nbytes))
+        """Room for a checkpoint: in memory where there is enough, else on disk."""
+        path = self._rank.slot_path(0)
+        held = path.stat().st_size if path.exists() else 0
+        room = slots_that_fit(1, nbytes, available_bytes(self._rank.folder), held)
+        if self._disk is not None and (self._always_disk or not room):
+            self._rank.put_on_disk(0, self._disk)
+        elif not room:
+            raise SpoolFull(f"there is no memory for a checkpoint of {nbytes / 1e6:.0f} MB")
+        return memoryview(open_slot(path, nbytes))
 
     def _hold(self, loaded: Loaded, facts: Mapping[str, Any]) -> tuple[Marker, Moment]:
         marker = _marker(0, loaded, facts)

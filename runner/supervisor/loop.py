@@ -71,6 +71,7 @@ class Supervisor:
         self._events: queue.SimpleQueue[machine.Event] = queue.SimpleQueue()
         self._provenance: dict[str, Any] = {}
         self._rank = spool.rank
+        self._disk = Path(store.url) / assignment.run_id / ".slots"
         best = job.checkpoint.keep.best
         persister = Persister(store, ledger, _keep(job), lambda: self._provenance)
         self._keeper = Keeper(
@@ -79,6 +80,8 @@ class Supervisor:
             Archive(store, assignment.run_id),
             best=None if best is None else (best.metric, best.mode),
             prefer_healthy=job.health.restore == "healthy",
+            disk=self._disk,
+            always_disk=job.checkpoint.slots == 0,
         )
         self._clerk = Clerk(
             self._rank,
@@ -325,12 +328,14 @@ class Supervisor:
             run_id=self._assignment.run_id,
             attempt=attempt,
             output_dir=str(self._output_dir),
+            disk=str(self._disk),
             every_steps=every.steps if every else None,
             every_minutes=every.minutes if every else None,
             every_epochs=every.epochs if every else None,
             every_auto=every is None,
             snapshot_steps=snapshots.steps if snapshots else None,
             slots=checkpoint.slots,
+            overlap=checkpoint.overlap,
             best=None if best is None else BestMetric(best.metric, best.mode, best.count),
             health_metrics=tuple(self._job.health.metrics),
             hold_at_step=int(hold) if hold else None,

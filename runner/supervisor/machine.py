@@ -1,12 +1,11 @@
 """What a supervisor does next: one pure function over one frozen state.
 
-    STARTING ─▶ RESTORING ─▶ RUNNING ─▶ DRAINING ─▶ SUCCEEDED
-       │           ▲  │         ├─────▶ DRAINING ─▶ PREEMPTED | INTERRUPTED | STOPPED
-       │           │  │         └─────▶ STOPPING ─▶ BACKOFF | FAILED    (crash, hang, no progress)
-       │           │  │                    │           │
-       │           └──│────────────────────│───────────┘
-       └──────────────┴────────────────────┴─▶ PREEMPTED | INTERRUPTED | STOPPED | FAILED
-    any ─▶ FENCED                              (a newer supervisor has the run)
+    STARTING ─▶ RESTORING ─▶ RUNNING ─▶ DRAINING ─▶ SUCCEEDED | PREEMPTED | INTERRUPTED | STOPPED
+     ▲ │           │          │  └────▶ STOPPING ─▶ BACKOFF | FAILED           (crash, hang)
+     │ └───────────┴──────────┴───────────────────▶ BACKOFF | FAILED           (cannot be started)
+     └─ BACKOFF
+    STARTING, RESTORING, STOPPING, BACKOFF ─▶ PREEMPTED | INTERRUPTED | STOPPED       (a signal)
+    any ─▶ FENCED                                   (a newer supervisor has the run)
 
 DRAINING ends well: what is in the slots is made durable, then the goal is reached. STOPPING ends
 an attempt that failed: its tree is killed, its newest slot persisted, and it is started again or
@@ -61,6 +60,7 @@ _WHY = {
     Phase.STOPPED: Why.INTERRUPT,
 }
 _RETRY_SECONDS = 0.5
+_MAX_DOUBLINGS = 60  # of the backoff: its longest is reached long before
 _STACKS_SECONDS = 1.0  # between asking for the stacks of a hung trainer and killing it
 _IDLE_PHASES = ("after training",)  # a test after the loop gives no signs of life
 
@@ -172,6 +172,18 @@ class SaveAsked(Event):
 
 
 @dataclass(frozen=True)
+class StacksAsked(Event):
+    """Somebody wants to see where the trainer's threads are."""
+
+
+@dataclass(frozen=True)
+class Relayed(Event):
+    """A signal that is meant for the trainer."""
+
+    signum: int
+
+
+@dataclass(frozen=True)
 class FencedOff(Event):
     """A newer attempt is another supervisor's."""
 
@@ -229,6 +241,13 @@ class DumpStacks(Action):
 
 
 @dataclass(frozen=True)
+class Relay(Action):
+    """Send a signal to the trainer alone."""
+
+    signum: int
+
+
+@dataclass(frozen=True)
 class KillTree(Action):
     """SIGKILL to the trainer and everything it started."""
 
@@ -254,11 +273,16 @@ class Say(Action):
 
 @dataclass(frozen=True)
 class State:
-    """All that a supervisor knows. `goal` is where DRAINING or STOPPING will end."""
+    """All that a supervisor knows.
+
+    `goal` is where DRAINING or STOPPING will end, `wish` what the last signal asked for. `again`
+    says that the trainer has ended, or had its time, since the persisting at hand began.
+    """
 
     policy: Policy = field(default_factory=Policy)
     phase: Phase = Phase.STARTING
     goal: Phase | None = None
+    wish: Phase | None = None
     cause: str = ""
     alive: bool = False
     exit_code: int = 0
@@ -268,6 +292,7 @@ class State:
     snapshot_until: float | None = None
     deadline: float | None = None
     persisting: bool = False
+    again: bool = False
     retry_at: float | None = None
     kill_at: float | None = None
     progress_at: float = 0.0
@@ -310,7 +335,7 @@ def step(state: State, event: Event) -> Step:
                 durable_step=max(state.durable_step, event.step),
             )
             return running, [Launch()]
-        case PreparationFailed() | LaunchFailed():
+        case PreparationFailed() | LaunchFailed() if state.phase is not Phase.BACKOFF:
             return _cannot_start(state, event)
         case Exited():
             return _on_exit(replace(state, alive=False, kill_at=None), event)
@@ -321,12 +346,15 @@ def step(state: State, event: Event) -> Step:
         case Drained():
             return _on_drained(replace(state, persisting=False), event.at)
         case SaveFailed():
-            retry = replace(state, persisting=False, retry_at=event.at + _RETRY_SECONDS)
-            return retry, [Say(f"a checkpoint could not be saved: {event.reason}", is_error=True)]
+            return _on_save_failed(state, event)
         case Notice() | Interrupt() | StopAsked():
             return _on_signal(state, event)
         case SaveAsked() if state.phase is Phase.RUNNING:
             return state, [Ask(Request.SAVE, Why.MANUAL)]
+        case StacksAsked() if state.alive:
+            return state, [DumpStacks()]
+        case Relayed() if state.alive:
+            return state, [Relay(event.signum)]
         case Tick():
             return _on_tick(state, event.at)
     return state, []
@@ -341,31 +369,38 @@ def _on_exit(state: State, event: Exited) -> Step:
         case Phase.DRAINING:
             # How it ended makes no difference, unless it had finished before it heard of the end.
             if event.code == 0 and not event.obeyed:
-                state = replace(state, goal=Phase.SUCCEEDED, cause="finished", deadline=None)
-            return _persist(state, _triggers(state))
+                state = replace(state, goal=Phase.SUCCEEDED, cause="finished")
+            return _persist(state)
         case Phase.STOPPING:
-            return _persist(state, ())
+            return _kill_and_persist(state)
         case Phase.RUNNING if event.code == 0:
             done = replace(state, phase=Phase.DRAINING, goal=Phase.SUCCEEDED, cause="finished")
-            return _persist(done, ("final",))
+            return _persist(done)
         case Phase.RUNNING:
             cause = _describe(event.code)
             if event.code in state.policy.never:
                 final = replace(state, goal=Phase.FAILED, exit_code=event.code)
-                return _stop(final, event.at, f"{cause}, which is never tried again")
-            return _stop(state, event.at, cause)
+                return _stop(final, f"{cause}, which is never tried again")
+            return _stop(state, cause)
     return state, []
 
 
 def _on_drained(state: State, at: float) -> Step:
-    """All that could be saved is saved."""
-    if state.phase is Phase.DRAINING and state.goal is not None:
-        return _finish(state)
-    if state.phase is not Phase.STOPPING:
+    """All that could be saved is saved, unless the trainer has left something since."""
+    if state.phase not in (Phase.DRAINING, Phase.STOPPING):
         return state, []
+    if state.again:
+        return _persist(state)
     if state.goal is not None:
         return _finish(state)
     return _restart_or_give_up(state, at)
+
+
+def _on_save_failed(state: State, event: SaveFailed) -> Step:
+    """What was to be saved still waits in its slot; only at the end is it asked for once more."""
+    if state.phase in (Phase.DRAINING, Phase.STOPPING):
+        state = replace(state, persisting=False, retry_at=event.at + _RETRY_SECONDS)
+    return state, [Say(f"a checkpoint could not be saved: {event.reason}", is_error=True)]
 
 
 def _restart_or_give_up(state: State, at: float) -> Step:
@@ -379,7 +414,8 @@ def _restart_or_give_up(state: State, at: float) -> Step:
         times = "once" if failures == 1 else f"{failures} times in a row without a new step"
         return finished, [Say(f"failed {times} ({state.cause}): given up", is_error=True), *actions]
     policy = state.policy
-    wait = min(policy.backoff_max_seconds, policy.backoff_initial_seconds * 2 ** (failures - 1))
+    doublings = min(failures - 1, _MAX_DOUBLINGS)
+    wait = min(policy.backoff_max_seconds, policy.backoff_initial_seconds * 2**doublings)
     waiting = replace(state, phase=Phase.BACKOFF, retry_at=at + wait)
     return waiting, [
         EndAttempt("failed", state.cause),
@@ -403,36 +439,52 @@ def _cannot_start(state: State, event: PreparationFailed | LaunchFailed) -> Step
 
 
 def _on_signal(state: State, event: Notice | Interrupt | StopAsked) -> Step:
-    goal, cause, deadline = _wish(state, event)
+    wish, cause, deadline = _wish(state, event)
+    twice = isinstance(event, Interrupt) and state.wish is Phase.INTERRUPTED
+    state = replace(state, wish=wish)
     match state.phase:
         case Phase.RUNNING:
             draining = replace(
                 state,
                 phase=Phase.DRAINING,
-                goal=goal,
+                goal=wish,
                 cause=cause,
                 notice_at=event.at,
                 deadline=deadline,
-                snapshot_until=event.at + (deadline - event.at) / 4,
+                snapshot_until=_quarter(event.at, deadline),
             )
-            return draining, [Say(cause), Ask(Request.SAVE_AND_STOP, _WHY[goal], deadline)]
-        case Phase.DRAINING if isinstance(event, Interrupt) and state.goal is Phase.INTERRUPTED:
-            given_up, actions = _finish(state)
-            lost = Say("interrupted twice: steps since the last checkpoint are lost", is_error=True)
-            return given_up, [lost, KillTree(), *actions]
+            return draining, [Say(cause), Ask(Request.SAVE_AND_STOP, _WHY[wish], deadline)]
+        case Phase.DRAINING | Phase.STOPPING if twice:
+            keep = state.goal is Phase.FAILED
+            given_up, actions = _finish(state if keep else replace(state, goal=wish, cause=cause))
+            lost = Say("interrupted twice: what is not saved yet is lost", is_error=True)
+            return given_up, [lost, *actions]
         case Phase.DRAINING | Phase.STOPPING:
-            # It is being saved already; only the time that there is for it, and the end, change.
-            known = [moment for moment in (state.deadline, deadline) if moment is not None]
-            keep = state.goal in (Phase.SUCCEEDED, Phase.PREEMPTED, Phase.FAILED)
-            return replace(
-                state,
-                goal=state.goal if keep else goal,
-                cause=state.cause if keep else cause,
-                notice_at=event.at if state.notice_at is None else state.notice_at,
-                deadline=min(known),
-            ), [Say(cause)]
-    finished, actions = _finish(replace(state, goal=goal, cause=cause))
-    return finished, [Say(f"{cause} before there was anything to save"), *actions]
+            return _hurry(state, wish, cause, event.at, deadline), [Say(cause)]
+    over = replace(state, goal=wish, cause=cause, notice_at=event.at, deadline=deadline)
+    finished, actions = _finish(over)
+    return finished, [Say(f"{cause}, and no trainer runs: there is nothing to save"), *actions]
+
+
+def _hurry(state: State, wish: Phase, cause: str, at: float, deadline: float) -> State:
+    """It is being saved already; only the time that there is for it, and the end, change."""
+    keep = state.goal in (Phase.SUCCEEDED, Phase.PREEMPTED, Phase.FAILED)
+    if state.deadline is not None:
+        deadline = min(state.deadline, deadline)
+    until = state.snapshot_until
+    return replace(
+        state,
+        goal=state.goal if keep else wish,
+        cause=state.cause if keep else cause,
+        notice_at=at if state.notice_at is None else state.notice_at,
+        deadline=deadline,
+        snapshot_until=None if until is None else min(until, _quarter(at, deadline)),
+    )
+
+
+def _quarter(at: float, deadline: float) -> float:
+    """How long the trainer has to come to a boundary: the rest is for saving."""
+    return at + (deadline - at) / 4
 
 
 def _on_tick(state: State, at: float) -> Step:
@@ -455,28 +507,43 @@ def _on_tick(state: State, at: float) -> Step:
 def _push_on(state: State, at: float) -> Step:
     """Time passes while a trainer is being ended or its state saved."""
     if state.deadline is not None and at >= _last_moment(state):
-        finished, actions = _finish(state)
-        late = Say("the time is over before everything was saved", is_error=True)
-        return finished, [late, KillTree(), *actions]
+        return _out_of_time(state)
     if state.kill_at is not None and at >= state.kill_at:
         return replace(state, kill_at=None), [KillTree()]
-    if state.retry_at is not None and at >= state.retry_at:
-        return _persist(replace(state, retry_at=None), _triggers(state))
-    if state.snapshot_until is not None and at >= state.snapshot_until and state.alive:
+    if state.snapshot_until is not None and state.alive:
+        if at < state.snapshot_until:
+            return state, []
         # The trainer does not come to a boundary: the newest complete slot has to do.
-        return _persist(replace(state, snapshot_until=None), _triggers(state))
+        return _persist(replace(state, snapshot_until=None))
+    if state.retry_at is not None and at >= state.retry_at:
+        return _persist(state)
     return state, []
 
 
-def _persist(state: State, triggers: tuple[str, ...]) -> Step:
+def _out_of_time(state: State) -> Step:
+    if state.goal is Phase.SUCCEEDED and state.wish is not None:
+        # Its last state is not durable, so it has to be started once more.
+        state = replace(state, goal=state.wish, cause="finished, but not saved in time")
+    finished, actions = _finish(state)
+    late = Say("the time is over before everything was saved", is_error=True)
+    return finished, [late, *actions]
+
+
+def _persist(state: State) -> Step:
+    """Save the newest slot; if that is being done, once more afterwards."""
     if state.persisting:
-        return state, []
-    return replace(state, persisting=True, retry_at=None), [PersistNewest(triggers)]
+        return replace(state, again=True), []
+    begun = replace(state, persisting=True, again=False, retry_at=None)
+    return begun, [PersistNewest(_triggers(state))]
 
 
-def _stop(state: State, at: float, cause: str) -> Step:
+def _stop(state: State, cause: str) -> Step:
     """The attempt has failed: kill what is left of it, save what it had."""
-    stopping, actions = _persist(replace(state, phase=Phase.STOPPING, cause=cause), ())
+    return _kill_and_persist(replace(state, phase=Phase.STOPPING, cause=cause))
+
+
+def _kill_and_persist(state: State) -> Step:
+    stopping, actions = _persist(state)
     return stopping, [KillTree(), *actions]
 
 

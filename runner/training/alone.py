@@ -13,8 +13,11 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
+
+import torch
 
 from runner.checkpoint.archive import Archive
 from runner.checkpoint.attempts import Ledger, utc_now
@@ -39,7 +42,7 @@ _RETRY_SECONDS = 1.0
 _EVERY_MINUTES = 10.0
 
 
-def open_alone() -> Session:
+def open_alone(optimizers: Sequence[torch.optim.Optimizer]) -> Session:
     """Begin or continue the run of this script, in `RUNNER_STORE` (default: `runs`).
 
     The run id is `RUNNER_RUN_ID`, or the script's name. Raises SpoolTaken if it is running
@@ -54,7 +57,13 @@ def open_alone() -> Session:
     ledger.begin({"run_id": run_id, "created_at": utc_now(), "command": sys.argv})
     record = ledger.claim(socket.gethostname())
     output_dir = Path(store.url) / run_id / "outputs"
-    plan = Plan(run_id, record.attempt, str(output_dir), every_minutes=_EVERY_MINUTES)
+    plan = Plan(
+        run_id,
+        record.attempt,
+        str(output_dir),
+        disk=str(Path(store.url) / run_id / ".slots"),
+        every_minutes=_EVERY_MINUTES,
+    )
     facts = collect(Path.cwd(), sys.argv)
     persister = Persister(store, ledger, Keep(), lambda: facts)
     persister.sweep()
@@ -68,7 +77,7 @@ def open_alone() -> Session:
         if "final" in moment.triggers:
             log.info("it is finished; set %s for another run", RUN_ID_VARIABLE)
     spool.write_plan(plan.to_json())
-    session = Session(spool.path, supervised=False)
+    session = Session(spool.path, supervised=False, optimizers=optimizers)
     session.interrupt_code = INTERRUPTED
     _Housekeeper(spool, board, keeper, ledger).start()
     _listen_to_signals(board)

@@ -8,6 +8,7 @@ here, snapshots are taken and requests are obeyed. The loops in `loops` say when
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import time
@@ -17,6 +18,7 @@ from typing import Any, Protocol
 
 from runner.checkpoint.attempts import utc_now
 from runner.checkpoint.manifest import Moment
+from runner.errors import CaptureError
 from runner.exitcodes import PREEMPTED
 from runner.spool import Request, Why
 from runner.training.capture import TrainingState
@@ -30,6 +32,9 @@ from runner.training.tree import Decoder, first_difference
 from runner.training.watch import OptimizerWatch
 
 log = logging.getLogger(__name__)
+
+_SPARE = 1.02  # headers, and page boundaries between files
+_SLACK_BYTES = 256 << 10  # a state.json that grows: a history gets longer with every epoch
 
 
 @dataclass
@@ -87,6 +92,16 @@ class Course:
         self._saved: SavedState | None = None
         self._saved_loop: dict[str, Any] | None = None
         self._loops_passed = 0
+
+    def prepare_slots(self) -> None:
+        """Have memory for the snapshots touched while the script goes on."""
+        try:
+            document, sink = self.state.encode({})
+        except CaptureError:
+            return  # the first snapshot will say so
+        tensors = (t for file in sink.files.values() for t in file.values())
+        held = sum(tensor.nbytes for tensor in tensors) + len(json.dumps(document))
+        self.session.slots.expect(int(_SPARE * (held + self.watch.bytes_to_come())) + _SLACK_BYTES)
 
     # ------------------------------------------------------------------ coming back
 
@@ -189,7 +204,7 @@ class Course:
         self._lap = None
         if self.loop is loop:
             if self._rhythm.is_behind and not self._carries_gradients and not self.in_body:
-                self._snapshot(set())
+                self._snapshot(set(), beside=False)
             self.loop = None
 
     def _leave_loop(self) -> bool:
@@ -274,7 +289,9 @@ class Course:
         if asked is not None:
             triggers.add(asked.why.trigger)
         if triggers or self._rhythm.is_due(epoch_end=epoch_end):
-            self._snapshot(triggers)
+            # At an epoch's end a script may put other weights in place without any hook's knowing.
+            beside = not (epoch_end or last or asked is not None)
+            self._snapshot(triggers, beside=beside)
         if last:
             board.finished = 1
         if asked is not None:
@@ -320,7 +337,7 @@ class Course:
         self._best = sorted([*self._best, value], reverse=best.mode == "max")[: best.count]
         return True
 
-    def _snapshot(self, triggers: set[str]) -> None:
+    def _snapshot(self, triggers: set[str], *, beside: bool) -> None:
         begun = time.monotonic()
         document, sink = self.state.encode(self._progress())
         fresh, plan, place = self.metrics.fresh(), self.session.plan, self.place
@@ -344,7 +361,7 @@ class Course:
                 productive_seconds=self._productive_before + self._productive,
             )
 
-        if self.session.save(moment, document, sink):
+        if self.session.save(moment, document, sink, beside=beside):
             self._rhythm.copied(time.monotonic() - begun)
         if triggers:
             self._ask_to_save = False

@@ -2,8 +2,15 @@
 
 A `Stream` is what belongs to one loader over the whole run, a `Pass` is one time through it. A pass
 that is opened with the saved state of another goes on after that one's last finished batch, with
-the same samples in the same order and the same randomness in loading them. What a loop can take its
-batches from, and what is exact for each, is in `sources`.
+the same samples in the same order and the same randomness in loading them, whatever the number of
+workers was and is. What a loop can take its batches from is in `sources`. What is not exact:
+
+* An iterable data set with another number of workers, a sampler with hidden state, changed data:
+  `PositionError`. A loader that hides its sampler, or loads in a thread: an error at once.
+* A data set with a generator of its own and no method `reseed(seed: int)`, a loader with a state of
+  its own that does not hold all randomness, and what has to be read again: a warning.
+* A `worker_init_fn` that makes state of its own, `worker_info.seed` and `.id`, and what a subclass
+  of `DataLoader` draws in this process: exact with the same number of workers only. Not visible.
 """
 
 from __future__ import annotations

@@ -174,8 +174,13 @@ def attach(*, state: dict[Any, Any] | None = None, **stateful: Any) -> Run:
     values: dict[Any, Any] = {} if state is None else state
     training_state = TrainingState(stateful, values)
     spool = os.environ.get(SPOOL_VARIABLE)
-    session = Session(Path(spool), supervised=True) if spool else open_alone()
-    course = Course(session, training_state, OptimizerWatch(stateful.values()))
+    watch = OptimizerWatch(stateful.values())
+    session = (
+        Session(Path(spool), supervised=True, optimizers=watch.optimizers)
+        if spool
+        else open_alone(watch.optimizers)
+    )
+    course = Course(session, training_state, watch)
     resumed_from = None
     saved = session.saved_state()
     if saved is not None and saved.components:
@@ -187,5 +192,6 @@ def attach(*, state: dict[Any, Any] | None = None, **stateful: Any) -> Run:
         resumed_from = ResumedFrom(moment.step, moment.epoch, moment.triggers, moment.metrics)
     else:
         session.restored()
+    course.prepare_slots()
     session.board.phase = "attached"
     return Run(course, values, resumed_from)

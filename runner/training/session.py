@@ -10,7 +10,7 @@ import platform
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -25,6 +25,8 @@ from runner.errors import RestoreError, SpoolError
 from runner.exitcodes import PREEMPTED
 from runner.plan import Plan
 from runner.spool import Board, Marker, RankSpool, Request, Why, open_slot, read_json
+from runner.training.overlap import Overlap, engine_for_this_machine
+from runner.training.slots import SlotMemory
 from runner.training.snapshot import SnapshotWriter
 from runner.training.tensors import TensorSink, TensorSource
 
@@ -59,14 +61,22 @@ class SavedState:
 class Session:
     """One attempt, as the trainer sees it. It holds the rank's lock for as long as it lives."""
 
-    def __init__(self, spool: Path, *, supervised: bool) -> None:
+    def __init__(
+        self,
+        spool: Path,
+        *,
+        supervised: bool,
+        optimizers: Sequence[torch.optim.Optimizer] = (),
+    ) -> None:
         self.plan = Plan.from_json(read_json(spool / "plan.json"))
         self.rank = RankSpool(spool / "rank-00000")
         self._lock: IO[bytes] = self.rank.lock()
         self.board = Board(self.rank.folder / "board")
         self.board.pid = os.getpid()
         self._parent = os.getppid() if supervised else None
-        self._writer = SnapshotWriter(self.rank, self.plan.slots, self.alive)
+        self.slots = SlotMemory(self.rank, self.plan.slots, Path(self.plan.disk))
+        self._overlap = Overlap(engine_for_this_machine(), optimizers, enabled=self.plan.overlap)
+        self._writer = SnapshotWriter(self.rank, self.slots, self._overlap, self.alive)
         self._facts = trainer_facts()
         self._saves = 0
         self._fetches = 0
@@ -108,10 +118,15 @@ class Session:
         moment: Callable[[int, int], Moment],
         document: Mapping[str, Any],
         sink: TensorSink,
+        *,
+        beside: bool,
     ) -> bool:
-        """Copy a state into a slot; `moment(attempt, save)` says what it is of."""
+        """Copy a state into a slot; `moment(attempt, save)` says what it is of.
+
+        With `beside`, the copy out of a GPU may go on beside the next step.
+        """
         numbered = moment(self.plan.attempt, self._saves + 1)
-        taken = self._writer.take(numbered, document, sink, self._facts)
+        taken = self._writer.take(numbered, document, sink, self._facts, beside=beside)
         self._saves += taken
         return taken
 

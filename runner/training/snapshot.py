@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import mmap
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -19,7 +19,10 @@ import torch
 from runner.checkpoint import format as fmt
 from runner.checkpoint.format import FileImage, TensorRange
 from runner.checkpoint.manifest import Moment, moment_to_json
-from runner.spool import Marker, RankSpool, open_slot
+from runner.errors import SpoolFull
+from runner.spool import Marker, RankSpool
+from runner.training.overlap import Overlap, Pair
+from runner.training.slots import SlotMemory
 from runner.training.tensors import TensorSink, as_bytes, place_for, spec_of
 
 _POLL_SECONDS = 0.002
@@ -50,20 +53,22 @@ class _Plan:
 
 
 @dataclass
-class _Slot:
-    """One slot as the trainer has it mapped."""
+class _Mapped:
+    """A slot with a layout in it: its headers are written, and each tensor has its place."""
 
-    memory: mmap.mmap | None = None
-    plan: _Plan | None = None
-    places: tuple[torch.Tensor, ...] = ()
+    memory: mmap.mmap
+    plan: _Plan
+    places: tuple[torch.Tensor, ...]
 
 
 class SnapshotWriter:
     """Copies states into the slots of one rank. `alive` is called while it has to wait."""
 
-    def __init__(self, rank: RankSpool, slots: int, alive: Callable[[], None]) -> None:
-        self._rank, self._alive = rank, alive
-        self._slots = [_Slot() for _ in range(slots)]
+    def __init__(
+        self, rank: RankSpool, slots: SlotMemory, overlap: Overlap, alive: Callable[[], None]
+    ) -> None:
+        self._rank, self._slots, self._overlap, self._alive = rank, slots, overlap, alive
+        self._mapped: dict[int, _Mapped] = {}
         self._plan: _Plan | None = None
 
     def take(
@@ -72,50 +77,69 @@ class SnapshotWriter:
         document: Mapping[str, Any],
         sink: TensorSink,
         facts: Mapping[str, Any],
+        *,
+        beside: bool,
     ) -> bool:
         """Copy one state and hand it over; False if it was passed over because no slot was free.
 
-        A snapshot with triggers waits for a slot. Raises SpoolFull if memory for it cannot be had.
+        A snapshot with triggers waits for a slot. With `beside`, what a GPU can copy beside the
+        next step is handed over later. Raises SpoolFull if there is room for it neither in memory
+        nor on disk.
         """
         begun = time.monotonic()
-        chosen = self._choose(must=bool(moment.triggers))
+        must = bool(moment.triggers)
+        if not must and (
+            self._slots.on_disk or self._overlap.in_flight or not self._slots.is_ready()
+        ):
+            return False
+        self._overlap.land()
+        text = json.dumps(document, separators=(",", ":"), allow_nan=False).encode()
+        plan = self._plan_for(sink)
+        chosen = self._room_for(plan.end + len(text), must=must)
         if chosen is None:
             return False
         index, inherited = chosen
-        text = json.dumps(document, separators=(",", ":"), allow_nan=False).encode()
-        plan = self._plan_for(sink)
-        memory = self._prepare(index, plan, sink, len(text))
-        with torch.no_grad():
-            for place, tensor in zip(self._slots[index].places, _tensors(sink), strict=True):
-                place.copy_(tensor if place.dtype == tensor.dtype else as_bytes(tensor))
-        memory[plan.end : plan.end + len(text)] = text
+        slot = self._map(index, plan, sink, len(text))
+        slot.memory[plan.end : plan.end + len(text)] = text
         images = [image for image, _, _ in plan.headers]
         images.append(FileImage(fmt.STATE_FILE, plan.end, len(text)))
-        moment = replace(
-            moment,
-            triggers=tuple(sorted({*moment.triggers, *inherited})),
-            snapshot_seconds=time.monotonic() - begun,
-        )
-        self._rank.publish(
-            Marker(
-                slot=index,
-                must=bool(moment.triggers),
-                moment=moment_to_json(moment),
-                images=[asdict(image) for image in images],
-                facts=facts,
+        triggers = tuple(sorted({*moment.triggers, *inherited}))
+
+        def publish() -> None:
+            taken = replace(moment, triggers=triggers, snapshot_seconds=time.monotonic() - begun)
+            self._rank.publish(
+                Marker(
+                    slot=index,
+                    must=bool(triggers),
+                    moment=moment_to_json(taken),
+                    images=[asdict(image) for image in images],
+                    facts=facts,
+                )
             )
-        )
+
+        with torch.no_grad():
+            self._overlap.copy(_pairs(slot.places, sink), publish, beside=beside)
         return True
 
-    def _choose(self, must: bool) -> tuple[int, tuple[str, ...]] | None:
+    def _room_for(self, nbytes: int, *, must: bool) -> tuple[int, tuple[str, ...]] | None:
+        """A slot; on disk, if memory that was there when the plan was made is there no more."""
+        try:
+            return self._choose(nbytes, must=must)
+        except SpoolFull as error:
+            if not self._slots.retreat_to_disk(error):
+                raise
+            return self._choose(nbytes, must=must) if must else None
+
+    def _choose(self, nbytes: int, *, must: bool) -> tuple[int, tuple[str, ...]] | None:
         """A slot to overwrite, its marker withdrawn, and the triggers that go over to this save.
 
         First one that holds nothing, then the oldest. One that must be persisted is overwritten by
-        nothing but a later save, if an interval was the only reason for it.
+        nothing but a later save, if an interval was the only reason for it. Its memory is had
+        before its marker goes: where there is no room, what it holds stays complete.
         """
         while True:
             complete = {marker.slot: marker for marker in self._rank.complete()}
-            free = [i for i in range(len(self._slots)) if i not in complete]
+            free = [i for i in range(self._slots.count) if i not in complete]
             for index in [*free, *complete]:
                 marker = complete.get(index)
                 inherited: tuple[str, ...] = ()
@@ -123,8 +147,9 @@ class SnapshotWriter:
                     inherited = tuple(marker.moment["triggers"])
                     if not must or inherited != ("interval",):
                         continue
-                if index >= len(self._slots) or self._rank.is_claimed(index):
+                if index >= self._slots.count or self._rank.is_claimed(index):
                     continue
+                self._slots.get(index, nbytes)
                 if self._rank.withdraw(index) or not self._rank.is_claimed(index):
                     return index, inherited
             if not must:
@@ -141,27 +166,28 @@ class SnapshotWriter:
             self._plan = _Plan.of(signature)
         return self._plan
 
-    def _prepare(self, index: int, plan: _Plan, sink: TensorSink, text_bytes: int) -> mmap.mmap:
-        """The slot's memory, large enough, with the headers in it and a place for each tensor."""
-        slot = self._slots[index]
+    def _map(self, index: int, plan: _Plan, sink: TensorSink, text_bytes: int) -> _Mapped:
+        """The slot with this layout in it."""
         needed = plan.end + text_bytes
-        if slot.memory is None or len(slot.memory) < needed:
-            slot.places, slot.plan = (), None
-            # Room for a state.json that grows: a history gets longer with every epoch.
-            slot.memory = open_slot(self._rank.slot_path(index), needed + text_bytes + (1 << 16))
-        if slot.plan is not plan:
-            view = memoryview(slot.memory)
-            for image, header, _ in plan.headers:
-                view[image.offset : image.offset + len(header)] = header
-            slot.places = tuple(
-                place_for(view, ranges[name], tensor)
-                for image, _, ranges in plan.headers
-                for name, tensor in sink.files[image.name].items()
-            )
-            slot.plan = plan
-        return slot.memory
+        memory = self._slots.get(index, needed)
+        mapped = self._mapped.get(index)
+        if mapped is not None and mapped.plan is plan and mapped.memory is memory:
+            return mapped
+        view = memoryview(memory)
+        for image, header, _ in plan.headers:
+            view[image.offset : image.offset + len(header)] = header
+        places = tuple(
+            place_for(view, ranges[name], tensor)
+            for image, _, ranges in plan.headers
+            for name, tensor in sink.files[image.name].items()
+        )
+        self._overlap.engine.register(memory)
+        mapped = self._mapped[index] = _Mapped(memory, plan, places)
+        return mapped
 
 
-def _tensors(sink: TensorSink) -> Iterator[torch.Tensor]:
-    for file in sorted(sink.files):
-        yield from sink.files[file].values()
+def _pairs(places: Sequence[torch.Tensor], sink: TensorSink) -> Iterator[Pair]:
+    """Where each tensor goes; one whose dtype the format lacks goes as bytes."""
+    tensors = (tensor for file in sorted(sink.files) for tensor in sink.files[file].values())
+    for place, tensor in zip(places, tensors, strict=True):
+        yield place, tensor if place.dtype == tensor.dtype else as_bytes(tensor)

@@ -22,6 +22,7 @@ from typing import Any, Final
 
 from torch.utils.data import (
     DataLoader,
+    IterableDataset,
     RandomSampler,
     SubsetRandomSampler,
     WeightedRandomSampler,
@@ -132,12 +133,14 @@ class ItemReading(Reading):
         seed: int | None,
         number: int,
         extra: Callable[[], dict[str, Any]] = dict,
+        *,
+        begin_as: str = "main",
     ) -> None:
         self._dataset = getattr(source.loader, "dataset", source.loader)
         self._seed, self._number, self._extra = seed, number, extra
         with KeepStreams():
             if seed is not None:
-                seed_process(derive_seed("main", seed, number))
+                seed_process(derive_seed(begin_as, seed, 0))
             self._iterator: Iterator[Any] = make_iterator()
 
     def read(self) -> Any:
@@ -263,16 +266,17 @@ class StatefulSource(Source):
         else:
             seed = saved["seed"]
             self._load(saved["loader"])
-            if getattr(self.loader, "num_workers", 0):
-                log.warning(
-                    "%s continues from its own state: what its workers draw at random is not the "
-                    "same as without the interruption; a plain DataLoader resumes exactly",
-                    self,
-                )
         self._loaded = None
         self._passes += 1
+        # When it goes on, torchdata's loader goes through its sampler or data set again inside
+        # iter(), and these must draw what they drew when they were asked for the first item.
         return ItemReading(
-            self, lambda: iter(self.loader), seed, done, lambda: {"loader": self._own_state()}
+            self,
+            lambda: iter(self.loader),
+            seed,
+            done,
+            lambda: {"loader": self._own_state()},
+            begin_as="item",
         )
 
     def _own_state(self) -> Any:
@@ -284,6 +288,14 @@ class StatefulSource(Source):
             self.loader.load_state_dict(state)
         except Exception as error:
             raise RestoreError(f"{self} did not load its saved state: {error!r}") from error
+        iterable = isinstance(getattr(self.loader, "dataset", None), IterableDataset)
+        workers = getattr(self.loader, "num_workers", 0)
+        if iterable or workers:
+            log.warning(
+                "%s continues from its own state, which does not hold all that its data set and "
+                "its workers draw at random: that may differ from a run without the interruption",
+                self,
+            )
 
     def _require_own_randomness(self) -> None:
         """torchdata saves the generator of its own samplers, but not what torch's draw from."""

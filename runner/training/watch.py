@@ -43,6 +43,16 @@ class OptimizerWatch:
             return None
         return float(self.optimizers[0].param_groups[0]["lr"])
 
+    def bytes_to_come(self) -> int:
+        """Roughly what the optimizers will hold after their first step and do not hold yet."""
+        return sum(
+            _moments(optimizer) * parameter.nbytes
+            for optimizer in self.optimizers
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+            if parameter not in optimizer.state
+        )
+
     def _on_step(self, *_: Any) -> None:
         self._stepped = True
 
@@ -56,3 +66,11 @@ class OptimizerWatch:
             self._stepped = True
 
         scaler.update = watched  # type: ignore[method-assign]
+
+
+def _moments(optimizer: torch.optim.Optimizer) -> int:
+    """Tensors of a parameter's size that an optimizer keeps for it, guessed from its options."""
+    if "betas" in optimizer.defaults:
+        return 3 if optimizer.defaults.get("amsgrad") else 2
+    plain_descent = optimizer.defaults.get("momentum", 1) == 0
+    return 0 if plain_descent else 1

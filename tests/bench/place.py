@@ -64,8 +64,17 @@ class Place:
         for child in psutil.Process().children(recursive=True):
             child.kill()
         reap()
-        shutil.rmtree(self.disk, ignore_errors=True)
-        shutil.rmtree(self.memory, ignore_errors=True)
+        self.clear()
+        for folder in (self.disk, self.memory):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def clear(self) -> None:
+        """Remove what the runs so far have left."""
+        for path in (*self.disk.iterdir(), *self.memory.iterdir()):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()
 
     @property
     def environment(self) -> dict[str, str]:

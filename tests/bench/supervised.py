@@ -42,14 +42,16 @@ class SupervisedRun:
     """A run of `trainer` with a store of its own in a place."""
 
     def __init__(self, place: Place, run_id: str, settings: Settings) -> None:
-        self._place, self._run_id = place, run_id
-        self._settings = settings
+        self._place, self.run_id = place, run_id
+        self._settings, self.megabytes = settings, settings.megabytes
         self._diary = place.memory / f"{run_id}.diary"
         self._finish = place.memory / f"{run_id}.finish"
         self._log = place.disk / f"{run_id}.log"
         self._job = place.disk / f"{run_id}.json"
         self._job.write_text(json.dumps(self._document()))
         self._process: subprocess.Popen[bytes] | None = None
+        self._notes: list[Note] = []
+        self._read_bytes = 0
 
     def _document(self) -> dict[str, Any]:
         """The job file: JSON is YAML too."""
@@ -74,7 +76,7 @@ class SupervisedRun:
 
     def start(self) -> float:
         """Start a supervisor; the moment just before."""
-        command = [RUNNER, "run", str(self._job), "--run-id", self._run_id]
+        command = [RUNNER, "run", str(self._job), "--run-id", self.run_id]
         with self._log.open("ab") as log:
             started = time.monotonic()
             self._process = subprocess.Popen(
@@ -96,18 +98,17 @@ class SupervisedRun:
         assert self._process is not None, "no supervisor has been started"
         return self._process
 
-    def preempt(self) -> tuple[float, float, float]:
-        """SIGTERM; seconds until the checkpoint's rename and until the exit; the wall clock then.
+    def preempt(self) -> tuple[float, float]:
+        """SIGTERM; seconds until the checkpoint's rename, and until the exit with 75.
 
-        The rename is read from the directory afterwards: nothing looks while it is measured.
+        The time of the rename is asked for afterwards: nothing looks while it is measured.
         """
         wall, sent = time.time(), time.monotonic()
         self._running.send_signal(signal.SIGTERM)
         code = self._running.wait(_PATIENCE_SECONDS)
         exited = time.monotonic() - sent
         self._expect(code == 75, f"exit code {code} instead of 75")
-        saved = self._place.store / self._run_id / "checkpoints" / self.newest().name
-        return saved.stat().st_ctime - wall, exited, wall
+        return self.checkpoint_path(self.newest()).stat().st_ctime - wall, exited
 
     def kill_trainer(self) -> float:
         """SIGKILL to the trainer alone; the moment just before."""
@@ -125,12 +126,13 @@ class SupervisedRun:
         os.waitpid(trainer, 0)  # ours by now: we are a child subreaper
         return killed
 
-    def finish(self) -> str:
-        """Let it come to its end; the digest of the state that the trainer ended with."""
+    def finish(self) -> tuple[str, int]:
+        """Let it come to its end; the digest that the trainer ended with, and its last step."""
         self._finish.touch()
         code = self._running.wait(_PATIENCE_SECONDS)
         self._expect(code == 0, f"exit code {code} instead of 0")
-        return str(self.notes("digest")[-1]["digest"])
+        note = self.notes("digest")[-1]
+        return note["digest"], note["step"]
 
     def close(self) -> None:
         """End it in any case; what it stored goes with the place."""
@@ -143,40 +145,44 @@ class SupervisedRun:
     # ------------------------------------------------------------------ what it did
 
     def notes(self, kind: str) -> list[Note]:
-        """What the trainers noted, in order; a line that is being written is left for later."""
-        try:
-            *lines, _ = self._diary.read_text().split("\n")
-        except FileNotFoundError:
-            return []
-        notes = [json.loads(line) for line in lines]
-        return [note for note in notes if note["kind"] == kind]
+        """What the trainers noted, in order. Only what is new is read: this is asked often."""
+        with contextlib.suppress(FileNotFoundError), self._diary.open("rb") as diary:
+            diary.seek(self._read_bytes)
+            whole, _, _ = diary.read().rpartition(b"\n")
+            if whole:
+                self._read_bytes += len(whole) + 1
+                self._notes += [json.loads(line) for line in whole.split(b"\n")]
+        return [note for note in self._notes if note["kind"] == kind]
 
     def steps(self) -> list[Note]:
         return self.notes("step")
 
-    def wait_for_steps(self, count: int, *, attempt: int) -> list[Note]:
-        """Wait until an attempt has finished so many steps; those that it has finished."""
+    def wait_for_steps(self, count: int, *, attempt: int, beyond: int = 0) -> list[Note]:
+        """Wait until an attempt has finished so many steps beyond a step; give those."""
 
         def enough() -> list[Note]:
             self._expect(self._running.poll() is None, "the supervisor has ended")
-            done = [note for note in self.steps() if note["attempt"] == attempt]
+            done = [n for n in self.steps() if n["attempt"] == attempt and n["step"] > beyond]
             return done if len(done) >= count else []
 
         return wait_until(enough, _PATIENCE_SECONDS, f"{count} steps of attempt {attempt}")
 
     def record(self, attempt: int) -> AttemptRecord:
         """What the supervisor wrote down about an attempt."""
-        records = Ledger(open_store(str(self._place.store)), self._run_id, "").records()
+        records = Ledger(open_store(str(self._place.store)), self.run_id, "").records()
         return next(record for record in records if record.attempt == attempt)
 
     @property
     def archive(self) -> Archive:
-        return Archive(open_store(str(self._place.store)), self._run_id)
+        return Archive(open_store(str(self._place.store)), self.run_id)
 
     def newest(self) -> Manifest:
         return next(iter(self.archive.manifests()))
 
+    def checkpoint_path(self, manifest: Manifest) -> Path:
+        return self._place.store / self.run_id / "checkpoints" / manifest.name
+
     def _expect(self, holds: bool, problem: str) -> None:
         if not holds:
             tail = self._log.read_text(errors="replace")[-2000:]
-            raise AssertionError(f"run {self._run_id}: {problem}; it printed:\n{tail}")
+            raise AssertionError(f"run {self.run_id}: {problem}; it printed:\n{tail}")

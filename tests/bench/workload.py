@@ -7,11 +7,12 @@ that was interrupted can be compared bit for bit with one that was not.
 
 from __future__ import annotations
 
-import hashlib
 import math
 
 import torch
 from torch import nn
+
+from tests.bench.exactness import digest_of
 
 LAYERS = 10
 _BYTES_PER_WEIGHT = 3 * 4
@@ -39,10 +40,14 @@ def train_step(model: nn.Sequential, optimizer: torch.optim.AdamW, step: int) ->
 
 
 def digest(model: nn.Sequential, optimizer: torch.optim.AdamW) -> str:
-    """SHA-256 over weights and moments, in hex digits; nothing of `runner` is used for it."""
-    total = hashlib.sha256()
-    for parameter in model.parameters():
-        moments = optimizer.state[parameter]
-        for tensor in (parameter, moments["exp_avg"], moments["exp_avg_sq"], moments["step"]):
-            total.update(tensor.detach().contiguous().numpy().data)
-    return total.hexdigest()
+    """A digest of weights and moments, in hex digits, for which nothing of `runner` is used.
+
+    It does not depend on names or order, so that the tensors in a checkpoint's files, of whatever
+    name, can be compared with those in a process: see `digest_of`.
+    """
+    tensors = [
+        tensor.detach().contiguous().numpy().data
+        for parameter in model.parameters()
+        for tensor in (parameter, *optimizer.state[parameter].values())
+    ]
+    return digest_of(tensors)

@@ -1,0 +1,256 @@
+"""Copying a state out of a GPU while the next step computes.
+
+    boundary                                 optimizer.step
+       │ compute stream  ── forward ── backward ─┤ waits, on the device ├── update ──
+       └ side stream     waits for the boundary ── copies ──────┘
+
+Parameters and optimizer state change in `optimizer.step` alone, so they may be copied until then:
+a pre-hook makes the device wait, not the host. Everything else (buffers that forward itself
+changes, an EMA, a user's own tensors) is copied at the boundary. A parameter that moved although no
+hook was called (an EMA swapped in, `p.clamp_`) shows in its version: such a snapshot is thrown
+away, and overlap is turned off for good.
+
+`CopyEngine` is the seam to the device: `CudaEngine` here, and in the tests one that delays copies.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import queue
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
+
+import torch
+
+log = logging.getLogger(__name__)
+
+Pair = tuple[torch.Tensor, torch.Tensor]  # where to, what
+
+
+class CopyEngine(Protocol):
+    """What a device can do for a copy. Tickets are the device's own."""
+
+    def handles(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor lives on the device."""
+
+    def register(self, memory: mmap.mmap) -> None:
+        """Page-lock host memory, so that the device can write to it by itself."""
+
+    def copy_now(self, pairs: Sequence[Pair]) -> None:
+        """Copy, and return when it is done."""
+
+    def copy_beside(self, pairs: Sequence[Pair]) -> Any:
+        """Begin to copy what the compute stream has made so far; a ticket for the end of it."""
+
+    def hold_compute(self, ticket: Any) -> None:
+        """Make what is computed from now on wait, on the device, for the end of a copy."""
+
+    def wait(self, ticket: Any) -> None:
+        """Wait on the host for the end of a copy."""
+
+
+class CudaEngine:
+    """CUDA streams and events, and `cudaHostRegister`."""
+
+    def __init__(self) -> None:
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._registered: dict[int, mmap.mmap] = {}
+
+    def handles(self, tensor: torch.Tensor) -> bool:
+        return tensor.is_cuda
+
+    def register(self, memory: mmap.mmap) -> None:
+        address = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
+        if address in self._registered:
+            return
+        status = torch.cuda.cudart().cudaHostRegister(address, len(memory), 0)  # type: ignore[no-untyped-call]
+        if int(status) == 0:
+            self._registered[address] = memory  # keeps it mapped for as long as it is locked
+        else:
+            log.warning("a slot cannot be page-locked (%s): copies will be slower", status)
+
+    def copy_now(self, pairs: Sequence[Pair]) -> None:
+        for place, tensor in pairs:
+            place.copy_(tensor, non_blocking=True)
+        for device in {tensor.device for _, tensor in pairs}:
+            torch.cuda.current_stream(device).synchronize()
+
+    def copy_beside(self, pairs: Sequence[Pair]) -> list[torch.cuda.Event]:
+        events = []
+        for device in {tensor.device for _, tensor in pairs}:
+            side = self._streams.get(device)
+            if side is None:
+                side = self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            side.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(side):
+                for place, tensor in pairs:
+                    if tensor.device == device:
+                        place.copy_(tensor, non_blocking=True)
+                        tensor.record_stream(side)  # its memory is not given away meanwhile
+                event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                event.record(side)
+            events.append(event)
+        return events
+
+    def hold_compute(self, ticket: list[torch.cuda.Event]) -> None:
+        for event in ticket:
+            torch.cuda.current_stream(event.device).wait_event(event)
+
+    def wait(self, ticket: list[torch.cuda.Event]) -> None:
+        for event in ticket:
+            event.synchronize()
+
+
+class _Flight:
+    """One snapshot whose copy has begun and not ended."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor], publish: Callable[[], None]) -> None:
+        self.tensors, self.publish = tensors, publish
+        self.versions = [tensor._version for tensor in tensors]
+        self.ticket: Any = None
+        self.sealed = False  # the optimizer's hook was called while all was as at the boundary
+        self.torn = False
+        self.over = threading.Event()
+
+    def has_moved(self) -> bool:
+        return any(
+            tensor._version != version
+            for tensor, version in zip(self.tensors, self.versions, strict=True)
+        )
+
+
+class Overlap:
+    """Copies beside the computation, for the tensors of the watched optimizers."""
+
+    def __init__(
+        self, engine: CopyEngine, optimizers: Sequence[torch.optim.Optimizer], *, enabled: bool
+    ) -> None:
+        self.engine, self._optimizers = engine, optimizers
+        self.enabled = enabled and bool(optimizers)
+        self._flight: _Flight | None = None
+        self._lock = threading.Lock()
+        self._landings: queue.SimpleQueue[_Flight] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        for optimizer in optimizers:
+            optimizer.register_step_pre_hook(self._before_step)
+
+    @property
+    def in_flight(self) -> bool:
+        return self._flight is not None and not self._flight.over.is_set()
+
+    def land(self) -> None:
+        """Wait until no copy is under way."""
+        if self._flight is not None:
+            self._flight.over.wait()
+            self._flight = None
+
+    def copy(self, pairs: Iterable[Pair], publish: Callable[[], None], *, beside: bool) -> None:
+        """Copy all pairs, then `publish`: before this returns, or when the device has finished.
+
+        With `beside` False, or where overlap is off, nothing is left to be done later.
+        """
+        later: list[Pair] = []
+        now: list[Pair] = []
+        owned = self._owned() if beside and self.enabled else set()
+        host: list[Pair] = []
+        for place, tensor in pairs:
+            if not self.engine.handles(tensor):
+                host.append((place, tensor))
+            elif tensor.untyped_storage().data_ptr() in owned:
+                later.append((place, tensor))
+            else:
+                now.append((place, tensor))
+        flight = None
+        if later:
+            flight = _Flight([tensor for _, tensor in later], publish)
+            flight.ticket = self.engine.copy_beside(later)
+        self.engine.copy_now(now)
+        for place, tensor in host:
+            place.copy_(tensor)
+        if flight is None:
+            publish()
+        else:
+            self._take_off(flight)
+
+    def _take_off(self, flight: _Flight) -> None:
+        self._flight = flight
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._land_all, name="snapshots", daemon=True)
+            self._thread.start()
+        self._landings.put(flight)
+
+    def _land_all(self) -> None:
+        while True:
+            flight = self._landings.get()
+            try:
+                self.engine.wait(flight.ticket)
+                with self._lock:
+                    if not flight.sealed:
+                        flight.torn = flight.torn or flight.has_moved()
+                    torn = flight.torn
+                if torn:
+                    self._turn_off()
+                else:
+                    flight.publish()
+            finally:
+                flight.over.set()
+
+    def _before_step(self, *_: Any) -> None:
+        """The optimizer is about to change what is being copied."""
+        flight = self._flight
+        if flight is None or flight.over.is_set():
+            return
+        with self._lock:
+            if not flight.sealed:
+                flight.torn = flight.torn or flight.has_moved()
+                flight.sealed = True
+        self.engine.hold_compute(flight.ticket)
+
+    def _turn_off(self) -> None:
+        if self.enabled:
+            self.enabled = False
+            log.warning(
+                "parameters changed between two steps without their optimizer: a snapshot was "
+                "thrown away, and from now on the loop waits for each copy"
+            )
+
+    def _owned(self) -> set[int]:
+        """Storages of what changes in `optimizer.step` alone."""
+        owned = set()
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    owned.add(parameter.untyped_storage().data_ptr())
+                    for value in optimizer.state.get(parameter, {}).values():
+                        if isinstance(value, torch.Tensor):
+                            owned.add(value.untyped_storage().data_ptr())
+        return owned
+
+
+class HostEngine:
+    """For states without a device: everything is on the host, and copied there and then."""
+
+    def handles(self, tensor: torch.Tensor) -> bool:
+        return False
+
+    def register(self, memory: mmap.mmap) -> None:
+        """Nothing to lock."""
+
+    def copy_now(self, pairs: Sequence[Pair]) -> None:
+        assert not pairs
+
+    def copy_beside(self, pairs: Sequence[Pair]) -> Any:
+        raise AssertionError("nothing is on a device")
+
+    def hold_compute(self, ticket: Any) -> None:
+        """Nothing is under way."""
+
+    def wait(self, ticket: Any) -> None:
+        """Nothing is under way."""
+
+
+def engine_for_this_machine() -> CopyEngine:
+    """CUDA where there is a device, the host alone elsewhere."""
+    return CudaEngine() if torch.cuda.is_available() else HostEngine()
