@@ -35,7 +35,7 @@ class Plan:
     run_id: str
     attempt: int
     output_dir: str
-    disk: str
+    disk: str = ""
     every_steps: int | None = None
     every_minutes: float | None = None
     every_epochs: int | None = None

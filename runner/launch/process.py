@@ -31,9 +31,11 @@ from runner.launch.process_tree import (
     Tree,
     end,
     mark_prefix,
+    members,
     open_pidfd,
     read_entry,
     read_table,
+    send_to,
 )
 
 CREDENTIAL_VARIABLES = (
@@ -212,6 +214,14 @@ class TrainerProcess:
                 signal.pidfd_send_signal(self._handle, signum)
             elif not self._waited_for:
                 os.kill(self.pid, signum)
+
+    def send_signal_to(self, pid: int, signum: int) -> bool:
+        """Send a signal to one process of the tree; False if this number is none of theirs."""
+        for entry in members(read_table(), self._tree):
+            if entry.pid == pid and entry.alive:
+                send_to(entry, signum)
+                return True
+        return False
 
     def kill_tree(
         self,

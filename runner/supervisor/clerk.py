@@ -109,7 +109,7 @@ class Clerk(threading.Thread):
         try:
             record = self._ledger.claim(self._node)
             self._persister.sweep()
-        except StoreError as error:
+        except (StoreError, OSError) as error:
             self._post(machine.PreparationFailed(time.monotonic(), str(error), final=False))
         else:
             self._post(machine.Claimed(time.monotonic(), record.attempt))
@@ -151,7 +151,9 @@ class Clerk(threading.Thread):
             for saved in [*self._keeper.persist_due(), newest]:
                 if saved is not None:
                     self._announce(saved)
-        except (StoreError, OSError) as error:
+        except Fenced:
+            raise
+        except (RunnerError, OSError) as error:
             self._post(machine.SaveFailed(time.monotonic(), str(error)))
         else:
             self._post(machine.Drained(time.monotonic()))
@@ -167,7 +169,9 @@ class Clerk(threading.Thread):
             for saved in self._courteous.submit(self._keeper.persist_due).result():
                 self._announce(saved)
             self._keeper.answer()
-        except (StoreError, OSError) as error:
+        except Fenced:
+            raise
+        except (RunnerError, OSError) as error:
             self._leave_store_until = time.monotonic() + _RETRY_SECONDS
             self._post(machine.SaveFailed(time.monotonic(), str(error)))
 

@@ -30,7 +30,7 @@ from runner.checkpoint.keeper import Keeper, Origin
 from runner.checkpoint.persist import Persister
 from runner.checkpoint.provenance import collect
 from runner.checkpoint.retention import Keep
-from runner.errors import RunnerError, UsageError
+from runner.errors import RunnerError, SpoolError, UsageError
 from runner.job import Job, resolved_command
 from runner.launch.leftovers import end_leftovers
 from runner.launch.process import TrainerProcess, build_environment
@@ -46,9 +46,19 @@ from runner.supervisor.reaper import become_subreaper, reap_orphans
 log = logging.getLogger(__name__)
 
 HOLD_VARIABLE = "RUNNER_HOLD_AT_STEP"
+GRACE_VARIABLE = "RUNNER_GRACE_SECONDS"
+"""How a simulated node tells what it is going to do; both stay with the supervisor."""
+
 _TICK_SECONDS = 0.02
 _CLERK_SECONDS = 30.0
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGUSR2)
+_SIGNALS = (
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGUSR1,
+    signal.SIGHUP,
+    signal.SIGUSR2,
+    signal.SIGRTMIN,
+)
 
 
 @dataclass(frozen=True)
@@ -72,7 +82,7 @@ class Supervisor:
         self._provenance: dict[str, Any] = {}
         self._rank = spool.rank
         self._disk = Path(store.url) / assignment.run_id / ".slots"
-        best = job.checkpoint.keep.best
+        best, policy = job.checkpoint.keep.best, _policy(job)
         persister = Persister(store, ledger, _keep(job), lambda: self._provenance)
         self._keeper = Keeper(
             self._rank,
@@ -89,26 +99,26 @@ class Supervisor:
             persister,
             socket.gethostname(),
             self._events.put,
-            Forecaster(job.preemption.grace_seconds, chooses_interval=job.checkpoint.every is None),
+            Forecaster(policy.grace_seconds, chooses_interval=job.checkpoint.every is None),
         )
         self._store_url = store.url
         self._logs = index.logs_of(assignment.run_id, store.url)
-        self._state, self._actions = machine.begin(_policy(job))
+        self._state, self._actions = machine.begin(policy)
         self._trainer: TrainerProcess | None = None
         self._output: Output | None = None
         self._output_dir = Path(store.url) / assignment.run_id / "outputs"
-        self._progress = -1
+        self._seen: tuple[int, str] | None = None
         self._first_step_seen = self._exit_seen = False
         self._last_saved_at: float | None = None
         self._begin_at = assignment.begin_at
 
     def run(self) -> int:
         """Run until a terminal state; leave nothing of the trainer behind."""
+        before = {signum: signal.signal(signum, self._on_signal) for signum in _SIGNALS}
         become_subreaper()
         leftovers = end_leftovers(self._spool.path)
         if leftovers:
             log.warning("killed processes %s, left by a supervisor that is dead", leftovers)
-        before = {signum: signal.signal(signum, self._on_signal) for signum in _SIGNALS}
         observer = self._watch_spool()
         threading.Thread(target=self._collect_provenance, name="provenance", daemon=True).start()
         self._clerk.start()
@@ -137,6 +147,8 @@ class Supervisor:
     def _look_around(self) -> machine.Event:
         now = time.monotonic()
         trainer = self._trainer
+        if not self._clerk.is_alive():
+            raise RunnerError("nothing can be saved any more, see above: start the run again")
         reap_orphans([] if trainer is None else [trainer.pid])
         if (self._spool.path / "stop").exists():
             (self._spool.path / "stop").unlink(missing_ok=True)
@@ -169,9 +181,10 @@ class Supervisor:
         if not self._first_step_seen and board.first_step_ns:
             self._first_step_seen = True
             self._clerk.record(first_step_at=_wall_clock(board.first_step_ns / 1e9))
-        if board.progress == self._progress:
+        seen = board.progress, board.phase
+        if seen == self._seen:
             return None
-        self._progress = board.progress
+        self._seen = seen
         return machine.Progressed(now, board.phase)
 
     def _obeyed(self) -> bool:
@@ -187,8 +200,10 @@ class Supervisor:
             self._events.put(machine.Interrupt(now))
         elif signum == signal.SIGUSR1:
             self._events.put(machine.SaveAsked(now))
-        elif self._trainer is not None:
-            self._trainer.send_signal(signum)
+        elif signum == signal.SIGRTMIN:
+            self._events.put(machine.StacksAsked(now))
+        else:
+            self._events.put(machine.Relayed(now, signum))
 
     @property
     def _policy(self) -> machine.Policy:
@@ -236,8 +251,10 @@ class Supervisor:
                     self._ask(kind, why, deadline)
                 case machine.PersistNewest(triggers):
                     self._clerk.persist_newest(triggers)
-                case machine.DumpStacks() if self._trainer is not None:
-                    self._trainer.send_signal(signal.SIGRTMIN)
+                case machine.DumpStacks():
+                    self._dump_stacks()
+                case machine.Relay(signum) if self._trainer is not None:
+                    self._trainer.send_signal(signum)
                 case machine.KillTree():
                     self._end_trainer()
                 case machine.EndAttempt(outcome, cause):
@@ -246,42 +263,57 @@ class Supervisor:
                     log.log(logging.ERROR if is_error else logging.INFO, "%s", message)
 
     def _launch(self) -> None:
-        job, attempt = self._job, self._attempt
-        self._progress, self._first_step_seen, self._exit_seen = -1, False, False
-        self._spool.write_plan(self._plan(attempt).to_json())
-        own = {
-            "RUNNER_RUN_ID": self._assignment.run_id,
-            "RUNNER_ATTEMPT": str(attempt),
-            "RUNNER_SPOOL": str(self._spool.path),
-            "RUNNER_PARAMS": json.dumps(self._assignment.job.params),
-            "RUNNER_OUTPUT_DIR": str(self._output_dir),
-        }
-        environment = build_environment(os.environ, own, job.env)
-        environment.setdefault("PYTHONUNBUFFERED", "1")
-        output = Output(self._logs / f"{attempt:06d}.log", stdout=1, stderr=2)
         try:
-            self._trainer = TrainerProcess.start(
-                resolved_command(job),
-                cwd=job.workdir,
-                env=environment,
-                stdout=output.stdout,
-                stderr=output.stderr,
-            )
+            self._start_trainer()
         except UsageError as error:
             self._events.put(machine.LaunchFailed(time.monotonic(), str(error)))
         except (RunnerError, OSError) as error:
             self._events.put(
                 machine.PreparationFailed(time.monotonic(), f"cannot start: {error}", final=False)
             )
-        finally:
-            output.launched()
-        self._output = output
         self._publish()
+
+    def _start_trainer(self) -> None:
+        self._end_trainer()
+        if self._trainer is not None:
+            raise RunnerError(f"process {self._trainer.pid} of the attempt before is still there")
+        self._seen, self._first_step_seen, self._exit_seen = None, False, False
+        self._spool.write_plan(self._plan(self._attempt).to_json())
+        self._output = Output(self._logs / f"{self._attempt:06d}.log", stdout=1, stderr=2)
+        try:
+            self._trainer = TrainerProcess.start(
+                resolved_command(self._job),
+                cwd=self._job.workdir,
+                env=self._environment(),
+                stdout=self._output.stdout,
+                stderr=self._output.stderr,
+            )
+        finally:
+            self._output.launched()
+
+    def _environment(self) -> dict[str, str]:
+        own = {
+            "RUNNER_RUN_ID": self._assignment.run_id,
+            "RUNNER_ATTEMPT": str(self._attempt),
+            "RUNNER_SPOOL": str(self._spool.path),
+            "RUNNER_PARAMS": json.dumps(self._job.params),
+            "RUNNER_OUTPUT_DIR": str(self._output_dir),
+        }
+        environment = build_environment(os.environ, own, self._job.env)
+        environment.setdefault("PYTHONUNBUFFERED", "1")
+        return environment
 
     def _ask(self, kind: Any, why: Why, deadline: float) -> None:
         board = self._clerk.board
         if board is not None:
             board.ask(kind, why, int(deadline * 1e9))
+
+    def _dump_stacks(self) -> None:
+        """Ask the process that has attached: to any other, this signal is the end."""
+        board = self._clerk.board
+        pid = 0 if board is None else board.pid
+        if self._trainer is None or not self._trainer.send_signal_to(pid, signal.SIGRTMIN):
+            log.warning("the trainer has not attached yet, so there are no stacks to see")
 
     def _end_trainer(self) -> None:
         """Kill whatever is left of the attempt; it does not return before that is gone."""
@@ -346,17 +378,19 @@ class Supervisor:
         self._clerk.note_provenance(self._provenance)
 
     def _publish(self) -> None:
-        """Let `runner status` see what this supervisor is doing."""
-        self._spool.publish_status(
-            {
-                "run_id": self._assignment.run_id,
-                "store": self._store_url,
-                "pid": os.getpid(),
-                "phase": self._state.phase.value,
-                "attempt": self._attempt,
-                "cause": self._state.cause,
-            }
-        )
+        """Let `runner status` see what this supervisor is doing. Does nothing where it cannot."""
+        status = {
+            "run_id": self._assignment.run_id,
+            "store": self._store_url,
+            "pid": os.getpid(),
+            "phase": self._state.phase.value,
+            "attempt": self._attempt,
+            "cause": self._state.cause,
+        }
+        try:
+            self._spool.publish_status(status)
+        except SpoolError as error:  # memory is full, of slots for example: they come first
+            log.debug("no status: %s", error)
 
     def _seconds_left(self) -> float:
         deadline = self._state.deadline
@@ -365,8 +399,9 @@ class Supervisor:
         return max(0.2, min(_CLERK_SECONDS, deadline - time.monotonic()))
 
     def _leave(self, saved: bool) -> None:
-        """Take the spool away, unless it holds what nothing else does."""
-        if saved and not self._keeper.has_unsaved():
+        """Take the spool away, unless it holds what nothing else does and somebody may want."""
+        fenced = self._state.phase is machine.Phase.FENCED
+        if fenced or (saved and not self._keeper.has_unsaved()):
             self._spool.remove()
         else:
             log.warning("%s keeps the newest state for the next start here", self._spool.path)
@@ -375,8 +410,9 @@ class Supervisor:
 
 def _policy(job: Job) -> machine.Policy:
     restart = job.restart
+    grace = os.environ.get(GRACE_VARIABLE)
     return machine.Policy(
-        grace_seconds=job.preemption.grace_seconds,
+        grace_seconds=float(grace) if grace else job.preemption.grace_seconds,
         failures=restart.failures,
         backoff_initial_seconds=restart.backoff.initial_seconds,
         backoff_max_seconds=restart.backoff.max_seconds,

@@ -17,8 +17,12 @@ class Output:
     """Two pipes for one attempt. `stdout` and `stderr` are the ends that the trainer writes to."""
 
     def __init__(self, log_file: Path, stdout: int, stderr: int) -> None:
-        log_file.parent.mkdir(parents=True, exist_ok=True)
-        self._file: BinaryIO = log_file.open("ab", buffering=0)
+        self._file: BinaryIO | None = None
+        try:
+            log_file.parent.mkdir(parents=True, exist_ok=True)
+            self._file = log_file.open("ab", buffering=0)
+        except OSError as error:
+            log.warning("what the trainer prints is not kept: %s", error)
         self._lock = threading.Lock()
         self.stdout, self._out_thread = self._pipe(stdout)
         self.stderr, self._err_thread = self._pipe(stderr)
@@ -32,7 +36,8 @@ class Output:
         """Wait until all that was printed has been passed on, and close the file."""
         self._out_thread.join(timeout_seconds)
         self._err_thread.join(timeout_seconds)
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     def _pipe(self, target: int) -> tuple[int, threading.Thread]:
         reading, writing = os.pipe()
@@ -52,6 +57,8 @@ class Output:
         os.close(source)
 
     def _keep(self, chunk: bytes) -> None:
+        if self._file is None:
+            return
         with self._lock:
             try:
                 self._file.write(chunk)

@@ -203,9 +203,10 @@ class Overlap:
         if flight is None or flight.over.is_set():
             return
         with self._lock:
-            if not flight.sealed:
-                flight.torn = flight.torn or flight.has_moved()
-                flight.sealed = True
+            if flight.sealed:
+                return  # what is computed from the first step on waits already
+            flight.torn = flight.torn or flight.has_moved()
+            flight.sealed = True
         self.engine.hold_compute(flight.ticket)
 
     def _turn_off(self) -> None:

@@ -60,7 +60,7 @@ class SnapshotRhythm:
         stall, step = median(self._stalls), median(self._step_times)
         wanted = steps_between(stall, step)
         # Measurements swing: only what is clearly another rhythm is worth a change and a line.
-        if wanted > self.steps or wanted * _HYSTERESIS < self.steps:
+        if not 1 / _HYSTERESIS <= wanted / self.steps <= _HYSTERESIS:
             log.info(
                 "a snapshot every %d steps: it stalls the loop for %.1f ms, a step takes %.1f ms",
                 wanted,

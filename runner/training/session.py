@@ -74,7 +74,8 @@ class Session:
         self.board = Board(self.rank.folder / "board")
         self.board.pid = os.getpid()
         self._parent = os.getppid() if supervised else None
-        self.slots = SlotMemory(self.rank, self.plan.slots, Path(self.plan.disk))
+        disk = Path(self.plan.disk) if self.plan.disk else spool / "disk"
+        self.slots = SlotMemory(self.rank, self.plan.slots, disk)
         self._overlap = Overlap(engine_for_this_machine(), optimizers, enabled=self.plan.overlap)
         self._writer = SnapshotWriter(self.rank, self.slots, self._overlap, self.alive)
         self._facts = trainer_facts()

@@ -1,7 +1,9 @@
 """How long the training loop waits for a snapshot.
 
 Seen twice: by the snapshot itself, as the manifest has it, and from the loop, as the time between
-the end of one body and the begin of the next. The peer is what a script without `runner` does.
+the end of one body and the begin of the next. There is one at every step here, so that there are
+enough of them; by default `runner` takes as many as cost little. The peer is what a script without
+`runner` does.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ def measure(place: Place, megabytes: float, repetitions: int) -> tuple[list[Figu
     checks: list[Check] = []
     with neighbours() as others:
         for number in range(repetitions):
-            settings = Settings(megabytes, _STEPS, _SAVE_EVERY_STEPS)
+            settings = Settings(megabytes, _STEPS, _SAVE_EVERY_STEPS, snapshot_every_steps=1)
             run = SupervisedRun(place, f"stalled-{megabytes:g}-{number}", settings)
             place.settle()
             try:

@@ -53,8 +53,7 @@ def _start(place: Place, number: int) -> float:
         [RUNNER, "run", str(job), "--run-id", f"start-{number}"],
         env=place.environment,
         cwd=place.disk,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         text=True,
         check=True,
     )
@@ -66,7 +65,9 @@ def measure_memory(place: Place, repetitions: int) -> list[Figure]:
     resident, peak = [], []
     with neighbours() as others:
         for number in range(repetitions):
-            run = SupervisedRun(place, f"memory-{number}", Settings(1, save_every_steps=100))
+            run = SupervisedRun(
+                place, f"memory-{number}", Settings(1, save_every_steps=100, snapshot_every_steps=1)
+            )
             try:
                 run.start()
                 run.wait_for_steps(1, attempt=1)

@@ -31,11 +31,12 @@ Note = dict[str, Any]
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run does. `steps` 0 is: until it is told to finish."""
+    """What a run does. `steps` 0 is: until it is told to finish; None: as `runner` decides."""
 
     megabytes: float
     steps: int = 0
     save_every_steps: int | None = None
+    snapshot_every_steps: int | None = None
 
 
 class SupervisedRun:
@@ -55,7 +56,7 @@ class SupervisedRun:
 
     def _document(self) -> dict[str, Any]:
         """The job file: JSON is YAML too."""
-        every = self._settings.save_every_steps
+        every, snapshot_every = self._settings.save_every_steps, self._settings.snapshot_every_steps
         return {
             "name": "bench",
             "command": ["python", "-m", "tests.bench.trainer"],
@@ -67,7 +68,10 @@ class SupervisedRun:
                 "finish": str(self._finish),
             },
             "store": str(self._place.store),
-            "checkpoint": {"every": {"minutes": 600} if every is None else {"steps": every}},
+            "checkpoint": {
+                "every": {"minutes": 600} if every is None else {"steps": every},
+                "snapshot_every": "auto" if snapshot_every is None else {"steps": snapshot_every},
+            },
             "preemption": {"grace": "120s"},
             "restart": {"backoff": {"initial": "1ms", "max": "1ms"}},
         }

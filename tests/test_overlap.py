@@ -1,0 +1,193 @@
+"""Copies beside the computation never tear, shown with a device that copies as late as it may.
+
+The device of these tests is made of CPU tensors. It performs a copy when it is waited for, by the
+host or by the compute stream, and not before: whatever was changed too early shows in the copy.
+"""
+
+from __future__ import annotations
+
+import mmap
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from runner.training.overlap import Overlap, Pair
+
+
+class LateDevice:
+    """Every tensor lives on it. `release` lets the host's waiting end."""
+
+    def __init__(self) -> None:
+        self.released = threading.Event()
+        self.held = 0
+
+    def handles(self, tensor: torch.Tensor) -> bool:
+        return True
+
+    def register(self, memory: mmap.mmap) -> None: ...
+
+    def copy_now(self, pairs: Sequence[Pair]) -> None:
+        for place, tensor in pairs:
+            place.copy_(tensor)
+
+    def copy_beside(self, pairs: Sequence[Pair]) -> Any:
+        return {"pairs": list(pairs), "lock": threading.Lock(), "done": False}
+
+    def hold_compute(self, ticket: Any) -> None:
+        self.held += 1
+        self._perform(ticket)
+
+    def wait(self, ticket: Any) -> None:
+        self.released.wait(10)
+        self._perform(ticket)
+
+    def _perform(self, ticket: Any) -> None:
+        with ticket["lock"], torch.no_grad():
+            if not ticket["done"]:
+                self.copy_now(ticket["pairs"])
+                ticket["done"] = True
+
+
+class Bench:
+    """A model with everything that can tear: parameters, moments, a buffer, an EMA."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.1)
+        self.ema = [p.detach().clone() for p in self.model.parameters()]
+        self.step()
+        self.device = LateDevice()
+        self.overlap = Overlap(self.device, [self.optimizer], enabled=True)
+        self.published = threading.Event()
+
+    def tensors(self) -> list[torch.Tensor]:
+        moments = [v for s in self.optimizer.state.values() for v in s.values()]
+        buffers = list(self.model.buffers())
+        return [*(p.detach() for p in self.model.parameters()), *moments, *buffers, *self.ema]
+
+    def forward_and_backward(self) -> None:
+        self.optimizer.zero_grad()
+        self.model(torch.randn(8, 4)).pow(2).mean().backward()
+
+    def step(self) -> None:
+        self.forward_and_backward()
+        self.optimizer.step()
+        for average, parameter in zip(self.ema, self.model.parameters(), strict=True):
+            average.lerp_(parameter.detach(), 0.5)
+
+    def snapshot(self, *, beside: bool = True) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        live = self.tensors()
+        truth = [tensor.clone() for tensor in live]
+        places = [torch.full_like(tensor, -1) for tensor in live]
+        pairs = list(zip(places, live, strict=True))
+        self.overlap.copy(pairs, self.published.set, beside=beside)
+        return places, truth
+
+    def land(self) -> None:
+        self.device.released.set()
+        self.overlap.land()
+
+
+def equal(places: list[torch.Tensor], truth: list[torch.Tensor]) -> bool:
+    return all(torch.equal(p, t) for p, t in zip(places, truth, strict=True))
+
+
+def test_a_step_after_the_boundary_waits_for_the_copy_on_the_device() -> None:
+    bench = Bench()
+    places, truth = bench.snapshot()
+    assert not bench.published.is_set()
+
+    bench.step()
+    bench.step()
+    bench.land()
+
+    assert bench.device.held == 1
+    assert bench.published.is_set()
+    assert equal(places, truth)
+
+
+def test_what_forward_and_the_script_change_is_copied_at_the_boundary() -> None:
+    bench = Bench()
+    places, truth = bench.snapshot()
+
+    bench.forward_and_backward()  # running statistics move
+    for average in bench.ema:
+        average.zero_()
+    bench.land()
+
+    assert equal(places, truth)
+
+
+def test_a_copy_that_has_landed_before_the_step_holds_nothing_up() -> None:
+    bench = Bench()
+    places, truth = bench.snapshot()
+    bench.land()
+    bench.step()
+
+    assert bench.device.held == 0
+    assert equal(places, truth)
+
+
+def clamp(bench: Bench) -> None:
+    for parameter in bench.model.parameters():
+        parameter.clamp_(0, 0)
+
+
+def swap_in_an_average(bench: Bench) -> None:
+    for parameter, average in zip(bench.model.parameters(), bench.ema, strict=True):
+        parameter.copy_(average)
+
+
+def reset_a_moment(bench: Bench) -> None:
+    next(iter(bench.optimizer.state.values()))["exp_avg"].zero_()
+
+
+UNHOOKED = {
+    "clamped in place": clamp,
+    "an EMA swapped in": swap_in_an_average,
+    "a moment reset": reset_a_moment,
+}
+
+
+@pytest.mark.parametrize("then_step", [False, True])
+@pytest.mark.parametrize("change", UNHOOKED.values(), ids=UNHOOKED)
+def test_an_unhooked_change_throws_the_snapshot_away_and_turns_overlap_off(
+    change: Callable[[Bench], None], then_step: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench = Bench()
+    bench.snapshot()
+    with torch.no_grad():
+        change(bench)
+    if then_step:
+        bench.step()
+    bench.land()
+
+    assert not bench.published.is_set()
+    assert not bench.overlap.enabled
+    assert caplog.text.count("without their optimizer") == 1
+
+    places, truth = bench.snapshot()  # from now on the loop waits
+    assert bench.published.is_set()
+    assert equal(places, truth)
+
+
+def test_nothing_is_left_for_later_where_the_loop_must_wait() -> None:
+    bench = Bench()
+    places, truth = bench.snapshot(beside=False)
+
+    assert bench.published.is_set()
+    assert equal(places, truth)
+
+
+def test_without_an_optimizer_there_is_no_overlap() -> None:
+    overlap = Overlap(LateDevice(), [], enabled=True)
+    place, tensor, published = torch.zeros(3), torch.ones(3), threading.Event()
+
+    overlap.copy([(place, tensor)], published.set, beside=True)
+
+    assert published.is_set()
+    assert torch.equal(place, tensor)

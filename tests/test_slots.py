@@ -1,0 +1,155 @@
+"""The memory of the slots: reserved and touched ahead, stepped down where it is short."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from runner.errors import SpoolFull
+from runner.spool import RankSpool
+from runner.training import slots
+from runner.training.slots import SlotMemory
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def rank(tmp_path: Path) -> RankSpool:
+    folder = tmp_path / "spool" / "rank-00000"
+    folder.mkdir(parents=True)
+    return RankSpool(folder)
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[RankSpool]:
+    """A rank on a file system of 8 MiB."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small tmpfs takes root")
+    mount = tmp_path / "small"
+    mount.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", mount]).returncode:
+        pytest.skip("this machine does not let root mount a tmpfs")
+    try:
+        (mount / "rank-00000").mkdir()
+        yield RankSpool(mount / "rank-00000")
+    finally:
+        subprocess.run(["umount", "-l", mount], check=True)
+
+
+def resident_pages(path: Path) -> int:
+    return path.stat().st_blocks * 512 // 4096
+
+
+def test_slots_are_there_before_the_first_save(rank: RankSpool, tmp_path: Path) -> None:
+    memory = SlotMemory(rank, 2, tmp_path / "disk")
+    memory.expect(3 * MIB)
+    first = memory.get(0, 2 * MIB)
+
+    assert len(first) == 3 * MIB  # nothing was made anew
+    assert [resident_pages(rank.slot_path(i)) for i in (0, 1)] == [768, 768]
+    assert memory.is_ready()
+
+
+def test_a_state_that_outgrows_what_was_expected_gets_more(rank: RankSpool, tmp_path: Path) -> None:
+    memory = SlotMemory(rank, 2, tmp_path / "disk")
+    memory.expect(MIB)
+    memory.get(0, MIB)[:5] = b"old 0"
+
+    assert len(memory.get(0, 2 * MIB)) == 2 * MIB
+    assert memory.get(0, 2 * MIB)[:5] == b"old 0"  # growing moves nothing
+
+
+def test_a_slot_that_was_cut_short_is_made_whole(rank: RankSpool, tmp_path: Path) -> None:
+    memory = SlotMemory(rank, 1, tmp_path / "disk")
+    memory.get(0, MIB)
+    os.truncate(rank.slot_path(0), 10)
+
+    whole = memory.get(0, MIB)
+    whole[MIB - 1] = 7  # a SIGBUS, if it were not
+
+    assert rank.slot_path(0).stat().st_size == MIB
+
+
+@pytest.mark.parametrize(
+    ("available", "count", "on_disk", "words"),
+    [
+        (100 * MIB, 2, False, ""),
+        (15 * MIB, 1, False, "1 in memory"),
+        (5 * MIB, 1, True, "one on disk"),
+    ],
+)
+def test_the_plan_is_stepped_down_with_one_warning_that_gives_the_numbers(
+    rank: RankSpool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    available: int,
+    count: int,
+    on_disk: bool,
+    words: str,
+) -> None:
+    monkeypatch.setattr(slots, "available_bytes", lambda folder: available)
+    memory = SlotMemory(rank, 2, tmp_path / "disk")
+    memory.expect(10 * MIB)
+    memory.get(0, 10 * MIB)
+    memory.get(0, 10 * MIB)
+
+    assert (memory.count, memory.on_disk) == (count, on_disk)
+    assert len(caplog.records) == (1 if words else 0)
+    assert words in caplog.text
+    assert ("2 slots of 10 MB" in caplog.text) == bool(words)
+    assert (tmp_path / "disk").exists() == on_disk
+
+
+def test_no_slots_means_one_on_disk_without_a_warning(
+    rank: RankSpool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    memory = SlotMemory(rank, 0, tmp_path / "disk")
+    memory.expect(MIB)
+    memory.get(0, MIB)
+
+    assert memory.on_disk
+    assert not caplog.records
+    (file,) = (tmp_path / "disk").iterdir()
+    assert file.stat().st_size == MIB
+    rank.remove_disk_slots()
+    assert not file.exists()
+
+
+def test_a_full_file_system_is_found_out_and_not_run_into(small: RankSpool, tmp_path: Path) -> None:
+    memory = SlotMemory(small, 2, tmp_path / "disk")
+    memory.expect(3 * MIB)
+
+    assert len(memory.get(1, 3 * MIB)) == 3 * MIB
+    with pytest.raises(SpoolFull):  # and no SIGBUS: slot 1 has what slot 0 would need
+        memory.get(0, 6 * MIB)
+    assert resident_pages(small.slot_path(1)) == 768
+
+
+def test_room_that_somebody_else_took_meanwhile_sends_the_slot_to_disk(
+    small: RankSpool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slots, "available_bytes", lambda folder: 100 * MIB)  # as it was
+    (small.folder / "somebody-else").write_bytes(bytes(6 * MIB))
+    memory = SlotMemory(small, 2, tmp_path / "disk")
+
+    with pytest.raises(SpoolFull) as full:
+        memory.get(0, 4 * MIB)
+    assert memory.retreat_to_disk(full.value)
+    assert len(memory.get(0, 4 * MIB)) == 4 * MIB
+    assert not memory.retreat_to_disk(full.value)
+
+
+def test_a_claimed_slot_is_not_moved_to_disk_under_its_reader(
+    rank: RankSpool, tmp_path: Path
+) -> None:
+    memory = SlotMemory(rank, 1, tmp_path / "disk")
+    memory.get(0, MIB)
+    (rank.folder / "slot-0.claimed.json").write_text("{}")
+
+    assert not rank.put_on_disk(0, tmp_path / "disk")
+    assert rank.slot_path(0).stat().st_size == MIB
