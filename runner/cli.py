@@ -73,8 +73,8 @@ def _end_early_on_signals() -> None:
     Otherwise a preemption in the first tenths of a second would look like a crash.
     """
     for signum, code in (
-        (signal.SIGTERM, exitcodes.PREEMPTED),
         (signal.SIGINT, exitcodes.INTERRUPTED),
+        (signal.SIGTERM, exitcodes.PREEMPTED),
     ):
         signal.signal(signum, lambda *_, code=code: os._exit(code))
 
@@ -184,8 +184,7 @@ def simulate(
     """Run a job to its end on a simulated spot node, and report what the preemptions cost."""
     from runner import simulation
     from runner.job import check_launchable
-    from runner.store import open_store
-    from runner.supervisor.service import Wishes, run_id_for
+    from runner.supervisor.service import Wishes, run_id_for, store_of
     from runner.units import parse_duration
 
     loaded = _load(job, param, None, store)
@@ -197,7 +196,7 @@ def simulate(
     plan = simulation.plan_from(
         seconds, preempt or [], lose_disk=lose_disk, trace=trace, speedup=speedup
     )
-    opened = open_store(str(loaded.store_path))
+    opened = store_of(loaded)
     options = [option for text in param or () for option in ("-p", text)]
     options += ["--store", opened.url]
     report = simulation.simulate(
@@ -290,23 +289,13 @@ def stop(name: RunName, store: StoreOption = None) -> None:
 @app.command()
 def wait(name: RunName, store: StoreOption = None) -> None:
     """Wait until a run on this machine has ended; exit as it did."""
-    from runner.supervisor.lookup import find_run, status_of
+    from runner.supervisor.lookup import exit_code_of, find_run, status_of
 
     found = find_run(name, store)
     while found.is_live():
         time.sleep(0.1)
-    phase = status_of(found)["phase"]
-    typer.echo(phase)
-    codes = {
-        "succeeded": exitcodes.FINISHED,
-        "preempted": exitcodes.PREEMPTED,
-        "interrupted": exitcodes.INTERRUPTED,
-        "stopped": exitcodes.INTERRUPTED,
-        "fenced": exitcodes.FENCED,
-    }
-    record = found.ledger.latest()
-    own = record.exit_code if record is not None else None
-    raise typer.Exit(codes.get(phase, own if own and own > 0 else exitcodes.GIVEN_UP))
+    typer.echo(status_of(found)["phase"])
+    raise typer.Exit(exit_code_of(found))
 
 
 @checkpoints.command("ls")

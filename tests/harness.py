@@ -23,6 +23,7 @@ import os
 import random
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +43,7 @@ from runner.checkpoint.retention import Keep
 from runner.plan import Plan
 from runner.spool import Board, RankSpool, Request, Spool, Why, is_locked, new_owner
 from runner.store import DirectoryStore
+from runner.training.slots import SlotMemory
 
 RUN_ID = "run"
 PREEMPT, INTERRUPT, KILL = "preempt", "interrupt", "kill"
@@ -215,11 +217,21 @@ def _new_process(spool: Path, params: dict[str, Any], attempt: int) -> Iterator[
     """The surroundings of a new process; what `attach` changes in this one is put back after it."""
     handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
     environment = {"RUNNER_SPOOL": str(spool), "RUNNER_PARAMS": json.dumps(params)}
+    expect = SlotMemory.expect
+
+    def expect_and_wait(slots: SlotMemory, nbytes: int) -> None:
+        expect(slots, nbytes)
+        while not slots.is_ready():  # steps here are so short that they would all be over before
+            time.sleep(_POLL_SECONDS)
+
     random.seed(f"attempt {attempt}")
     np.random.seed(attempt)
     torch.manual_seed(1000 + attempt)
     try:
-        with mock.patch.dict(os.environ, environment):
+        with (
+            mock.patch.dict(os.environ, environment),
+            mock.patch.object(SlotMemory, "expect", expect_and_wait),
+        ):
             yield
     finally:
         faulthandler.unregister(signal.SIGRTMIN)

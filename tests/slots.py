@@ -6,6 +6,7 @@ it has before it. Nothing here imports torch, and nothing uses the code that lay
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -22,7 +23,7 @@ import safetensors.numpy
 
 from runner.checkpoint.attempts import Ledger
 from runner.checkpoint.format import FileImage
-from runner.checkpoint.manifest import Manifest, Moment, moment_to_json
+from runner.checkpoint.manifest import FileEntry, Manifest, Moment, moment_to_json
 from runner.checkpoint.persist import Persister
 from runner.checkpoint.retention import Keep
 from runner.errors import StoreError
@@ -31,6 +32,28 @@ from runner.store import DirectoryStore
 
 RUN = "rul-fd001"
 PAGE = 4096
+
+# What must never become a file of a checkpoint, whoever says so.
+FOREIGN_NAMES = [
+    "",
+    ".",
+    "..",
+    "../state.json",
+    "a/../b",
+    "a..b",
+    "a/b",
+    "a\\b",
+    "/etc/passwd",
+    "C:x",
+    ".hidden",
+    "-rf",
+    "a b",
+    "a\n",
+    "a\0",
+    "ä",
+    "0" * 202,
+    "manifest.json",
+]
 
 
 @dataclass(frozen=True)
@@ -102,6 +125,15 @@ def read_slot(rank: RankSpool, marker: Marker) -> dict[str, bytes]:
         image["name"]: memory[image["offset"] : image["offset"] + image["size"]]
         for image in marker.images
     }
+
+
+def file_entry(name: str, content: bytes, part_bytes: int = 16 << 20) -> FileEntry:
+    """What a manifest says of a file."""
+    parts = [content[at : at + part_bytes] for at in range(0, len(content), part_bytes)] or [b""]
+    digests = [hashlib.sha256(part).digest() for part in parts]
+    hexes = tuple(digest.hex() for digest in digests)
+    whole = hexes[0] if len(hexes) == 1 else hashlib.sha256(b"".join(digests)).hexdigest()
+    return FileEntry(name, len(content), part_bytes, hexes, whole)
 
 
 def commit(store: DirectoryStore, taken: Snapshot, run_id: str = RUN) -> Manifest:

@@ -18,7 +18,7 @@ from runner.checkpoint.attempts import utc_now
 from runner.checkpoint.format import CheckpointName, FileImage
 from runner.checkpoint.manifest import FileEntry, Manifest
 from runner.checkpoint.retention import ranked
-from runner.errors import CheckpointCorrupt, NotFound, UnknownName
+from runner.errors import CheckpointCorrupt, CheckpointInvalid, NotFound, StoreError, UnknownName
 from runner.store import Store
 
 _MAX_MANIFEST_BYTES = 64 * fmt.MEBIBYTE
@@ -54,7 +54,16 @@ class Archive:
     def manifest(self, name: str) -> Manifest:
         """NotFound if there is none (so no checkpoint), CheckpointInvalid if it is unusable."""
         key = f"{self.run_id}/checkpoints/{name}/{fmt.MANIFEST_FILE}"
-        return Manifest.from_json(self.store.read(key, _MAX_MANIFEST_BYTES), name)
+        try:
+            data = self.store.read(key, _MAX_MANIFEST_BYTES)
+        except NotFound:
+            raise
+        except StoreError:
+            size = self.store.size(key)
+            if size <= _MAX_MANIFEST_BYTES:
+                raise
+            raise CheckpointInvalid(name, f"its manifest has {size} bytes") from None
+        return Manifest.from_json(data, name)
 
     def manifests(self) -> Iterator[Manifest]:
         """Every readable manifest, newest first."""

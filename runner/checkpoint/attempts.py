@@ -61,7 +61,7 @@ class AttemptRecord:
             document = json.loads(data)
             known = {field.name for field in fields(cls)}
             return cls(**{key: value for key, value in document.items() if key in known})
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise StoreError(f"an attempt's record is unreadable: {error}") from error
 
 
@@ -79,7 +79,7 @@ class Ledger:
             document = json.loads(data)
         except NotFound:
             return None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise StoreError(f"{self.run_id}/run.json is unreadable: {error}") from error
         if not isinstance(document, dict):
             raise StoreError(f"{self.run_id}/run.json is no JSON object")
@@ -94,7 +94,7 @@ class Ledger:
         self._store.replace(f"{self.run_id}/run.json", _dump(document))
 
     def records(self) -> list[AttemptRecord]:
-        """All attempts, oldest first. One that vanishes or is torn meanwhile is passed over."""
+        """All attempts, oldest first; StoreError if a record is unreadable."""
         found = []
         for number in self._numbers():
             record = self._read(number)

@@ -167,15 +167,25 @@ def _read_header(image: memoryview) -> dict[str, TensorRange]:
     for name, entry in json.loads(bytes(image[8:start])).items():
         if name == "__metadata__":
             continue
-        begin, end = entry["data_offsets"]
-        shape = tuple(int(extent) for extent in entry["shape"])
-        spec = TensorSpec(name, entry["dtype"], shape)
-        if min(shape, default=0) < 0 or not 0 <= begin <= end <= len(image) - start:
-            raise ValueError(f"tensor {name!r} lies outside the file")
+        begin, end = _whole_numbers(entry["data_offsets"])
+        spec = TensorSpec(name, entry["dtype"], _whole_numbers(entry["shape"]))
         if end - begin != spec.nbytes:
             raise ValueError(f"tensor {name!r} has {end - begin} bytes instead of {spec.nbytes}")
-        ranges[name] = TensorRange(spec.dtype, shape, start + begin, start + end)
+        ranges[name] = TensorRange(spec.dtype, spec.shape, start + begin, start + end)
+    place = start
+    for name, where in sorted(ranges.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if where.begin != place:
+            raise ValueError(f"tensor {name!r} does not begin where the one before it ends")
+        place = where.end
+    if place != len(image):
+        raise ValueError(f"its tensors end at {place} of {len(image)} bytes")
     return ranges
+
+
+def _whole_numbers(values: object) -> tuple[int, ...]:
+    if not isinstance(values, list) or not all(type(v) is int and v >= 0 for v in values):
+        raise ValueError("its offsets and extents are not all whole numbers")
+    return tuple(values)
 
 
 # ---------------------------------------------------------------------------- images in a slot
@@ -200,12 +210,13 @@ def check_images(images: Sequence[FileImage], slot_bytes: int, where: str) -> No
     if len(images) > MAX_FILES:
         raise CheckpointInvalid(where, f"it names {len(images)} files")
     names = [image.name for image in images]
+    foreign = [name for name in names if not is_file_name(name)]
+    if foreign:
+        raise CheckpointInvalid(where, f"{foreign[0]!r} is no plain file name")
     if len(set(names)) != len(names) or STATE_FILE not in names:
         raise CheckpointInvalid(where, f"its files are not {STATE_FILE} and others, once each")
     end = 0
     for image in sorted(images, key=lambda image: (image.offset, image.size)):
-        if not is_file_name(image.name):
-            raise CheckpointInvalid(where, f"{image.name!r} is no plain file name")
         if image.offset < end or image.size < 0 or image.offset + image.size > slot_bytes:
             raise CheckpointInvalid(
                 where,

@@ -2,11 +2,12 @@
 
 It is written last, so without it there is no checkpoint. It comes back from places where anybody
 may have written, so every field is checked before it is used, and nothing in it becomes a path or
-an allocation unchecked.
+an allocation unchecked. Its own digest finds the flipped bit that every other check would let pass.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -87,6 +88,7 @@ class Manifest:
             "files": [asdict(file) for file in self.files],
             "provenance": self.provenance,
         }
+        document["digest"] = _digest(document)
         return json.dumps(document, indent=1, allow_nan=False).encode() + b"\n"
 
     @classmethod
@@ -96,15 +98,16 @@ class Manifest:
             document = json.loads(data)
             if not isinstance(document, dict):
                 raise ValueError("it is no JSON object")
-            if document.get("format") != VERSION:
-                raise ValueError(
-                    f"it has format {document.get('format')!r}, this version reads {VERSION}"
-                )
+            version = document.get("format")
+            if type(version) is not int or version != VERSION:
+                raise ValueError(f"it has format {version!r}, this version reads {VERSION}")
+            if document.pop("digest", None) != _digest(document):
+                raise ValueError("it is not what was written")
             manifest = cls(
                 run_id=_text(document, "run_id"),
                 moment=moment_from_json(document),
                 files=tuple(_file_from_json(entry) for entry in document["files"]),
-                provenance=dict(document.get("provenance") or {}),
+                provenance=_object(document, "provenance"),
             )
             names = [file.name for file in manifest.files]
             if len(set(names)) != len(names) or fmt.STATE_FILE not in names:
@@ -114,6 +117,12 @@ class Manifest:
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointInvalid(name, f"its manifest is unusable: {error!s}") from error
         return manifest
+
+
+def _digest(document: Mapping[str, Any]) -> str:
+    """SHA-256 of a manifest without its digest, as JSON with sorted keys and no spaces."""
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def moment_to_json(moment: Moment) -> dict[str, Any]:
@@ -129,12 +138,13 @@ def moment_to_json(moment: Moment) -> dict[str, Any]:
 
 def moment_from_json(document: Mapping[str, Any]) -> Moment:
     """The inverse. ValueError, KeyError or TypeError where a field is missing or wrong."""
-    triggers = tuple(document["triggers"])
-    if not set(triggers) <= set(TRIGGERS):
-        raise ValueError(f"triggers {triggers}")
+    triggers = document["triggers"]
+    if not isinstance(triggers, list | tuple) or not set(triggers) <= set(TRIGGERS):
+        raise ValueError(f"triggers is {triggers!r}")
     if document["scope"] not in ("full", "weights"):
-        raise ValueError(f"scope {document['scope']!r}")
-    metrics = {str(name): float(value) for name, value in dict(document["metrics"]).items()}
+        raise ValueError(f"scope is {document['scope']!r}")
+    if type(document["healthy"]) is not bool:
+        raise ValueError(f"healthy is {document['healthy']!r}")
     return Moment(
         attempt=_count(document, "attempt"),
         save=_count(document, "save"),
@@ -143,13 +153,13 @@ def moment_from_json(document: Mapping[str, Any]) -> Moment:
         batch=_count(document, "batch"),
         batch_size=_optional_count(document, "batch_size"),
         batches_per_epoch=_optional_count(document, "batches_per_epoch"),
-        triggers=triggers,
+        triggers=tuple(triggers),
         scope=document["scope"],
-        metrics=metrics,
-        healthy=bool(document["healthy"]),
+        metrics={name: _metric(value) for name, value in _object(document, "metrics").items()},
+        healthy=document["healthy"],
         created_at=_text(document, "created_at"),
-        productive_seconds=float(document["productive_seconds"]),
-        snapshot_seconds=float(document["snapshot_seconds"]),
+        productive_seconds=_seconds(document, "productive_seconds"),
+        snapshot_seconds=_seconds(document, "snapshot_seconds"),
     )
 
 
@@ -177,6 +187,29 @@ def _count(document: Mapping[str, Any], key: str) -> int:
 
 def _optional_count(document: Mapping[str, Any], key: str) -> int | None:
     return None if document.get(key) is None else _count(document, key)
+
+
+def _seconds(document: Mapping[str, Any], key: str) -> float:
+    value = _metric(document[key])
+    if not math.isfinite(value):
+        raise ValueError(f"{key} is {value!r}")
+    return value
+
+
+def _metric(value: object) -> float:
+    """A number of JSON, or the name of one that JSON lacks (see `moment_to_json`)."""
+    if isinstance(value, str) and value in ("nan", "inf", "-inf"):
+        return float(value)
+    if type(value) is float or (type(value) is int and abs(value) < 1 << 1023):
+        return float(value)
+    raise ValueError(f"{value!r} is no number")
+
+
+def _object(document: Mapping[str, Any], key: str) -> dict[str, Any]:
+    value = document[key]
+    if not isinstance(value, dict):
+        raise ValueError(f"{key} is {value!r}")
+    return value
 
 
 def _text(document: Mapping[str, Any], key: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,7 @@ from runner.checkpoint.attempts import Ledger
 from runner.checkpoint.format import FileImage
 from runner.checkpoint.manifest import FileEntry, Manifest, Moment
 from runner.checkpoint.retention import Keep, delete_checkpoint, pins, superfluous
-from runner.errors import NotFound, StoreError
+from runner.errors import CheckpointCorrupt, NotFound, StoreError
 from runner.store import Staging, Store
 
 log = logging.getLogger(__name__)
@@ -45,10 +46,15 @@ class Persister:
     ) -> Manifest:
         """Commit one snapshot. When this returns it is durable.
 
+        One that is committed already is left as it is: its supervisor was killed before it could
+        say so, or the store's answer was lost.
+
         Raises Fenced if a newer attempt has the run, StoreError if the store refuses; nothing is
         left behind then, and no earlier checkpoint was touched.
         """
         self.ledger.check_fence()
+        with contextlib.suppress(NotFound, CheckpointCorrupt):
+            return Archive(self.store, self.ledger.run_id).manifest(str(moment.name))
         prefix = f"{self.ledger.run_id}/checkpoints/{moment.name}"
         staging = self.store.stage(prefix, self.ledger.owner)
         try:
@@ -63,18 +69,28 @@ class Persister:
         return manifest
 
     def retain(self) -> list[str]:
-        """Delete what the policy no longer keeps; the names of what went."""
+        """Delete what the policy no longer keeps; the names of what went.
+
+        Goes on with what an earlier call had begun to delete, too: files without a manifest that
+        are older than a checkpoint which has one, so they are no upload in progress.
+        """
         archive = Archive(self.store, self.ledger.run_id)
-        moments = [manifest.moment for manifest in archive.manifests()]
+        moments, remains = [], []
+        for name in archive.names():
+            try:
+                moments.append(archive.manifest(str(name)).moment)
+            except NotFound:
+                remains += [str(name)] if moments else []
+            except CheckpointCorrupt:
+                continue
         protected = pins(self.store, self.ledger.run_id)
         newest = self.ledger.latest()
         if newest is not None and newest.resumed_from is not None:
             protected.add(newest.resumed_from)
-        gone = []
-        for moment in superfluous(moments, self.keep, protected):
-            delete_checkpoint(self.store, self.ledger, str(moment.name))
-            gone.append(str(moment.name))
-        return gone
+        old = [str(moment.name) for moment in superfluous(moments, self.keep, protected)]
+        for gone in [*old, *remains]:
+            delete_checkpoint(self.store, self.ledger, gone)
+        return [*old, *remains]
 
     def sweep(self) -> list[str]:
         """Remove the unfinished saves of earlier attempts; those of this one are not touched."""

@@ -39,12 +39,13 @@ def superfluous(
 ) -> list[Moment]:
     """What may go, oldest first. `protected` names stay: pinned, or restored from.
 
-    The newest healthy full checkpoint always stays, even behind N newer unhealthy ones.
+    The newest full checkpoint always stays, and the newest healthy one, even behind N newer ones.
     """
     newest_first = sorted(moments, key=lambda m: m.name, reverse=True)
     kept = {m.name for m in newest_first[: keep.last]}
-    sound = [m for m in newest_first if m.healthy and m.scope == "full"]
-    kept.update(m.name for m in sound[:1])
+    full = [m for m in newest_first if m.scope == "full"]
+    healthy = [m for m in full if m.healthy]
+    kept.update(m.name for m in full[:1] + healthy[:1])
     if keep.best_metric is not None:
         best = ranked(moments, keep.best_metric, keep.best_mode)
         kept.update(m.name for m in best[: keep.best_count])

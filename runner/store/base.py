@@ -53,7 +53,10 @@ class Store(Protocol):
         """Delete objects in this order. One that is not there is no error."""
 
     def stage(self, prefix: str, owner: str) -> Staging:
-        """Begin a checkpoint that will be at `prefix`; `owner` keeps two writers apart."""
+        """Begin a checkpoint that will be at `prefix`; `owner` keeps two writers apart.
+
+        What the same owner staged there before, and did not commit, is gone then.
+        """
 
     def sweep(self, prefix: str, is_stale: Callable[[str], bool]) -> list[str]:
         """Remove stagings below `prefix` that were begun under a stale name and never ended."""

@@ -88,6 +88,7 @@ class DirectoryStore:
         staged = final.with_name(f"{_TEMPORARY}{final.name}-{owner}")
         with self._errors(prefix):
             _make_directories(staged.parent)
+            shutil.rmtree(staged, ignore_errors=True)  # of this owner, whose abort failed
             staged.mkdir()
         return StagedDirectory(staged, final)
 
@@ -147,7 +148,11 @@ class StagedDirectory:
         try:
             _fsync_directory(self._staged)
             os.rename(self._staged, self._final)  # noqa: PTH104 - never over a full directory
-            _fsync_directory(self._final.parent)
+            try:
+                _fsync_directory(self._final.parent)
+            except OSError:
+                self._final.rename(self._staged)  # what may not be durable is not there
+                raise
         except OSError as error:
             raise StoreError(f"{self._final}: {error.strerror or error}") from error
 

@@ -8,6 +8,7 @@ Nothing here is needed to continue a run: that is the store's part.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -51,7 +52,8 @@ def remember(entry: Entry) -> None:
         temporary.write_text(json.dumps(asdict(entry)))
         temporary.replace(path)
     except OSError:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def entries() -> list[Entry]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from runner import exitcodes
 from runner.checkpoint.archive import Archive
 from runner.checkpoint.attempts import AttemptRecord, Ledger
 from runner.checkpoint.manifest import Manifest
@@ -16,6 +17,14 @@ from runner.errors import RunnerError, UnknownName
 from runner.spool import Board, Spool, spool_path
 from runner.store import Store, open_store
 from runner.supervisor import index
+
+_EXIT_CODES = {
+    "succeeded": exitcodes.FINISHED,
+    "preempted": exitcodes.PREEMPTED,
+    "interrupted": exitcodes.INTERRUPTED,
+    "stopped": exitcodes.INTERRUPTED,
+    "fenced": exitcodes.FENCED,
+}
 
 
 @dataclass(frozen=True)
@@ -47,6 +56,14 @@ class KnownRun:
             return str(best["metric"]), str(best.get("mode", "min"))
         except (KeyError, TypeError):
             return None, "min"
+
+    def never_codes(self) -> list[int]:
+        """The trainer's exit codes with which this run ends at once, as its job file says."""
+        document = self.ledger.run() or {}
+        try:
+            return list(document["job"]["restart"]["never"])
+        except (KeyError, TypeError):
+            return []
 
     def find_checkpoint(self, which: str) -> Manifest:
         """`latest`, `best`, a step or a name. UnknownName if there is none."""
@@ -118,6 +135,17 @@ def status_of(run: KnownRun) -> dict[str, Any]:
             "activity": board.phase,
         }
     return status
+
+
+def exit_code_of(run: KnownRun) -> int:
+    """How its supervisor ended, as far as the store tells: given up, where it does not."""
+    record = run.ledger.latest()
+    if record is None or record.outcome is None:
+        return exitcodes.GIVEN_UP
+    if record.outcome in _EXIT_CODES:
+        return _EXIT_CODES[record.outcome]
+    own = record.exit_code
+    return own if own is not None and own in run.never_codes() else exitcodes.GIVEN_UP
 
 
 def checkpoints_of(run: KnownRun) -> list[dict[str, Any]]:

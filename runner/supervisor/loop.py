@@ -158,7 +158,10 @@ class Supervisor:
         code = trainer.poll()
         if code is not None and not self._exit_seen:
             return self._exited(code)
-        return self._progressed(now) or machine.Tick(now)
+        progressed = self._progressed(now)
+        if progressed is not None:  # beside the tick: a trainer that moves all the time stops none
+            self._events.put(progressed)
+        return machine.Tick(now)
 
     def _exited(self, code: int) -> machine.Exited:
         self._exit_seen = True

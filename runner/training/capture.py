@@ -8,6 +8,7 @@ optimizers keep the names of their parameters, so that moments never meet anothe
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
@@ -313,9 +314,7 @@ class TrainingState:
             raise RestoreError(f"component {odd[0]!r} is in {where} attach(…) of this script")
         for name, part in self.components.items():
             part.restore(_decoder(part, source).decode(saved[name]), final=final)
-        values = Decoder(source.own).decode(document["state"])
-        self.values.clear()
-        self.values.update(values)
+        put_into(self.values, Decoder(source.own).decode(document["state"]))
         self._idle.restored(document["rng"])
         restore_rng(Decoder(source.own).decode(document["rng"]))
 
@@ -364,6 +363,43 @@ class _Idle:
         if isinstance(tree, list) and len(tree) < 100:
             return [self._marked(value) for value in tree]
         return tree
+
+
+def put_into(live: Any, saved: Any) -> Any:
+    """Give `live` the value of `saved` where it can be changed, else `saved`.
+
+    A script holds on to what it got out of `run.state`: a list that it appends to, an array that
+    its data set reads. These objects stay the same ones.
+    """
+    if type(live) is not type(saved):
+        return saved
+    if isinstance(live, dict):
+        items = {k: put_into(live[k], v) if k in live else v for k, v in saved.items()}
+        live.clear()
+        live.update(items)
+    elif isinstance(live, list):
+        known = [put_into(one, other) for one, other in zip(live, saved, strict=False)]
+        live[:] = known + saved[len(known) :]
+    elif isinstance(live, deque) and live.maxlen == saved.maxlen:
+        live.clear()
+        live.extend(saved)
+    elif isinstance(live, set):
+        live.clear()
+        live.update(saved)
+    elif isinstance(live, np.ndarray) and live.flags.writeable and _alike(live, saved):
+        live[...] = saved
+    elif isinstance(live, torch.Tensor) and live.device == saved.device and _alike(live, saved):
+        with torch.no_grad():
+            live.copy_(saved)
+    else:
+        return saved
+    return live
+
+
+def _alike(live: Any, saved: Any) -> bool:
+    if isinstance(live, torch.Tensor) and (live.stride() != saved.stride() or live.is_inference()):
+        return False  # cannot be written to, or holds its elements otherwise
+    return bool(live.shape == saved.shape and live.dtype == saved.dtype)
 
 
 def _encode_rng() -> dict[str, Json]:

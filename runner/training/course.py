@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from runner.checkpoint.attempts import utc_now
 from runner.checkpoint.manifest import Moment
-from runner.errors import CaptureError
+from runner.errors import CaptureError, PositionError
 from runner.exitcodes import PREEMPTED
 from runner.spool import Request, Why
 from runner.training.capture import TrainingState
@@ -40,12 +40,13 @@ _SLACK_BYTES = 256 << 10  # a state.json that grows: a history gets longer with 
 @dataclass
 class Place:
     """Where the run is. `batch` counts the finished batches of the pass at hand, `loops` the
-    loops over batches that this epoch has begun."""
+    loops over batches that this epoch has begun, `outer_loops` those outside of all epochs."""
 
     step: int = 0
     epoch: int = 0
     batch: int = 0
     loops: int = 0
+    outer_loops: int = 0
     in_epoch: bool = False
     stopped: str | None = None
 
@@ -91,7 +92,8 @@ class Course:
         self._carries_gradients = False  # over the last body's end, for want of a step
         self._saved: SavedState | None = None
         self._saved_loop: dict[str, Any] | None = None
-        self._loops_passed = 0
+        self._inside = False  # an epoch has begun in this process
+        self._loops_passed = 0  # on the way back: loops that the saved run had left behind
 
     def prepare_slots(self) -> None:
         """Have memory for the snapshots touched while the script goes on."""
@@ -110,7 +112,7 @@ class Course:
         progress = Decoder(saved.source.own).decode(saved.document["progress"])
         self.state.restore(saved.document, saved.source, final=False)
         self.place = Place(**progress["place"])
-        self.metrics.load_state(progress["metrics"])
+        self._load_metrics(progress)
         self._best = progress["best"]
         self.streams.load_state(progress["streams"])
         self._saved_loop = progress["loop"]
@@ -127,8 +129,8 @@ class Course:
         """The loop is back at the saved place: put the state in place for good.
 
         The script has run its own code since `attach`, at least the top of an epoch a second time:
-        it may have drawn random numbers, stepped a scheduler, switched a mode. What was saved is
-        what counts.
+        it may have drawn random numbers, stepped a scheduler, switched a mode, logged. What was
+        saved is what counts.
         """
         saved, self._saved = self._saved, None
         self._saved_loop = None
@@ -141,8 +143,14 @@ class Course:
                 log.warning("changed between attach() and the loop, and put back: %s", change)
         source = TensorSource(saved.source.memory, saved.source.images)
         self.state.restore(saved.document, source, final=True)
+        self._load_metrics(Decoder(source.own).decode(saved.document["progress"]))
         self.session.restored()
         self.session.alive()
+
+    def _load_metrics(self, progress: Mapping[str, Any]) -> None:
+        self.metrics.load_state(progress["metrics"])
+        if progress["loop"] is None:  # between epochs: what was logged is of the one before
+            self.metrics.next_state()
 
     def enter_loop(self, loop: Loop) -> dict[str, Any] | None:
         """A loop begins: what it resumes from, None if it begins at its start.
@@ -150,19 +158,43 @@ class Course:
         Raises LoopOver if the saved run had left this loop behind.
         """
         counted = self._leave_loop()
-        if self._saved is None:
-            loop.ordinal = self.place.loops
+        if self._saved is not None and self._return_into(loop):
+            return self._saved_loop
+        loop.ordinal = self._loops_begun()
+        if self._inside:
             self.place.loops += 1
-            self.loop = loop
-            if counted:
-                self._boundary(last=False, epoch_end=False)
-            return None
-        loop.ordinal = self._loops_passed
-        self._loops_passed += 1
-        if self._saved_loop is None or loop.ordinal < self._saved_loop["ordinal"]:
-            raise LoopOver
+        else:
+            self.place.outer_loops += 1
         self.loop = loop
-        return self._saved_loop
+        if counted:
+            self._boundary(step_end=True)
+        return None
+
+    def _return_into(self, loop: Loop) -> bool:
+        """A loop begins on the way back: whether it is the saved one.
+
+        LoopOver if it comes before; False if the run was saved in no loop, and this is a new one.
+        """
+        self._arrive_if_in_no_loop()
+        if self._saved is None:
+            return False
+        if self._inside == self.place.in_epoch:
+            loop.ordinal = self._loops_passed
+            if self._saved_loop is not None and loop.ordinal == self._saved_loop["ordinal"]:
+                self.loop = loop
+                return True
+            self._loops_passed += 1
+            self._arrive_if_in_no_loop()
+        raise LoopOver
+
+    def _arrive_if_in_no_loop(self) -> None:
+        """Arrive if the run was saved in no loop, and those that it had left are passed."""
+        there = self._inside == self.place.in_epoch and self._loops_passed >= self._loops_begun()
+        if self._saved_loop is None and there:
+            self.arrive()
+
+    def _loops_begun(self) -> int:
+        return self.place.loops if self._inside else self.place.outer_loops
 
     def enter_epochs(self) -> None:
         """A loop over epochs begins; an epoch that was left by a `break` has ended."""
@@ -171,29 +203,49 @@ class Course:
 
     def enter_epoch(self) -> None:
         """An epoch begins, or goes on where it was saved."""
+        self._inside = True
         if not self.place.in_epoch:
             self.place.in_epoch, self.place.loops = True, 0
         self.streams.begin_epoch()
-        if self._saved_loop is None:
-            self.arrive()
+        self._arrive_if_in_no_loop()
 
     def leave_epoch(self, total: int) -> None:
-        """An epoch has ended, validation included: a boundary of its own."""
-        self._leave_loop()
-        self.place.in_epoch = False
+        """An epoch has ended, validation included: a boundary of its own.
+
+        PositionError if the run was saved inside of a loop that the epoch did not come by.
+        """
+        if self._saved is not None:
+            raise PositionError(
+                f"the run was saved in loop {self.place.loops} of epoch {self.place.epoch}, and "
+                f"this time the epoch had {self._loops_passed} loops over run.batches() or "
+                "run.steps(); whether there is a loop must not depend on what it changes"
+            )
+        step_end = self._leave_loop()
+        self._inside = self.place.in_epoch = False
         self._end_epoch()
         self.place.loops = 0
         last = self.place.epoch >= total or self.place.stopped is not None
         if last or not self._carries_gradients:
-            self._boundary(last=last, epoch_end=True)
+            self._boundary(last=last, step_end=step_end, epoch_end=True)
         self.metrics.next_state()
+
+    def leave_epochs(self) -> None:
+        """A loop over epochs has none left. A run that was saved behind it goes on there."""
+        self._arrive_if_in_no_loop()
+        if self._saved is None:
+            self.finish()
+
+    def finish(self) -> None:
+        """The last boundary has been passed, in this attempt or before."""
+        if not self.place.in_epoch:
+            self.session.board.finished = 1
 
     def leave_pass(self) -> None:
         """A loop without epochs has been through its data once."""
         if not self.place.in_epoch:
             self._end_epoch()
             if not self._carries_gradients:
-                self._boundary(last=False, epoch_end=True)
+                self._boundary(epoch_end=True)
 
     def leave_loop(self, loop: Loop) -> None:
         """A loop has come to its end.
@@ -206,6 +258,7 @@ class Course:
             if self._rhythm.is_behind and not self._carries_gradients and not self.in_body:
                 self._snapshot(set(), beside=False)
             self.loop = None
+            self.in_body = False
 
     def _leave_loop(self) -> bool:
         """Leave a loop that was left by a `break`: True if its last body counts as a step."""
@@ -250,7 +303,7 @@ class Course:
     def step_boundary(self, *, last: bool = False) -> None:
         """An optimizer step has ended. Raises Preempted after the snapshot, if asked to."""
         self.place.step += 1
-        self._boundary(last=last, epoch_end=False)
+        self._boundary(last=last, step_end=True)
 
     def mark_boundary(self) -> None:
         """The script marks a boundary by hand."""
@@ -268,7 +321,9 @@ class Course:
     def ask_to_save(self) -> None:
         self._ask_to_save = True
 
-    def _boundary(self, *, last: bool, epoch_end: bool) -> None:
+    def _boundary(
+        self, *, last: bool = False, step_end: bool = False, epoch_end: bool = False
+    ) -> None:
         if self._lap is not None:
             seconds = time.monotonic() - self._lap
             self._productive += seconds
@@ -277,7 +332,7 @@ class Course:
         self.in_body = False
         self.watch.settled()
         board, plan = self.session.board, self.session.plan
-        if not epoch_end and board.first_step_ns == 0:
+        if step_end and board.first_step_ns == 0:
             board.first_step_ns = time.monotonic_ns()
         self._show()
         hold = plan.hold_at_step
@@ -285,15 +340,14 @@ class Course:
             self._held = True
             self.session.hold()
         asked = self.session.asked()
-        triggers = self._triggers(last=last, epoch_end=epoch_end)
+        triggers = self._triggers(last=last, step_end=step_end, epoch_end=epoch_end)
         if asked is not None:
             triggers.add(asked.why.trigger)
         if triggers or self._rhythm.is_due(epoch_end=epoch_end):
             # At an epoch's end a script may put other weights in place without any hook's knowing.
             beside = not (epoch_end or last or asked is not None)
             self._snapshot(triggers, beside=beside)
-        if last:
-            board.finished = 1
+        board.finished = int(last)  # another loop may follow the one that seemed to be the last
         if asked is not None:
             self.session.obeyed(asked)
             if asked.kind is Request.SAVE_AND_STOP:
@@ -303,9 +357,9 @@ class Course:
         if self._lap is not None:
             self._lap = time.monotonic()
 
-    def _triggers(self, *, last: bool, epoch_end: bool) -> set[str]:
+    def _triggers(self, *, last: bool, step_end: bool, epoch_end: bool) -> set[str]:
         triggers = set()
-        if self._interval_is_over(epoch_end=epoch_end):
+        if self._interval_is_over(step_end=step_end, epoch_end=epoch_end):
             triggers.add("interval")
         if self._is_best():
             triggers.add("best")
@@ -315,14 +369,14 @@ class Course:
             triggers.add("final")
         return triggers
 
-    def _interval_is_over(self, *, epoch_end: bool) -> bool:
+    def _interval_is_over(self, *, step_end: bool, epoch_end: bool) -> bool:
         plan, place = self.session.plan, self.place
         since = time.monotonic() - self._last_save
         interval_ms = self.session.board.interval_ms if plan.every_auto else 0
         return (
             (plan.every_minutes is not None and since >= 60 * plan.every_minutes)
             or (interval_ms > 0 and since >= interval_ms / 1e3)
-            or (not epoch_end and _divides(plan.every_steps, place.step))
+            or (step_end and _divides(plan.every_steps, place.step))
             or (epoch_end and _divides(plan.every_epochs, place.epoch))
         )
 

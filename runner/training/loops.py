@@ -18,7 +18,8 @@ class EpochLoop:
     """`run.epochs(total)`: the numbers of the epochs that are left, from the saved one on."""
 
     def __init__(self, course: Course, total: int) -> None:
-        self._course, self._total, self._begun = course, total, False
+        self._course, self._total = course, total
+        self._begun = self._over = False
         course.session.board.epochs = total
 
     def __iter__(self) -> Iterator[int]:
@@ -29,14 +30,17 @@ class EpochLoop:
 
     def __next__(self) -> int:
         course, place = self._course, self._course.place
+        if self._over:
+            raise StopIteration
         if self._begun:
             course.leave_epoch(self._total)
         else:
             self._begun = True
             course.enter_epochs()
-        over = place.epoch >= self._total or (place.stopped is not None and not place.in_epoch)
-        if over:
-            course.arrive()
+        stopped = place.stopped is not None and not place.in_epoch
+        self._over = stopped or place.epoch >= self._total
+        if self._over:
+            course.leave_epochs()
             course.session.board.phase = "after training"
             raise StopIteration
         course.enter_epoch()
@@ -68,12 +72,13 @@ class BatchIterator:
         self._loop, self._course = loop, loop.course
         self.ordinal = -1
         self._pass: Pass | None = None
-        self._stream = -1
+        self._stream: int | None = None
         self._begun = self._over = self._pending = False
         self._delivered = 0  # batches since the start of the loop
         self._gathered = 0  # bodies that have ended since the last boundary
         self._steps = 0
-        self._forwarding = False
+        self._returning = self._forwarding = False
+        self._forwarded = 0  # placeholders that were handed out
 
     def __iter__(self) -> Iterator[Any]:
         return self
@@ -83,6 +88,7 @@ class BatchIterator:
 
     def __next__(self) -> Any:
         if self._forwarding:  # an `islice` or `enumerate` around us is being wound forward
+            self._forwarded += 1
             return None
         if self._over:
             raise StopIteration
@@ -93,8 +99,11 @@ class BatchIterator:
                 "this loop over run.batches() was left, or another one was begun inside it; for "
                 "validation, iterate over the plain loader"
             )
+        if self._returning:
+            self._arrive()
         self._body_ended()
-        if self._course.place.stopped is not None or self._steps == self._loop.steps:
+        stopped = self._course.place.stopped is not None and self._gathered == 0
+        if stopped or self._steps == self._loop.steps:
             self._end()
         return self._next_batch()
 
@@ -109,7 +118,6 @@ class BatchIterator:
         }
 
     def settle(self) -> bool:
-        self._over = True
         if self._pending:
             self._finish_body()
         if self._pass is not None:
@@ -129,26 +137,37 @@ class BatchIterator:
     def _begin(self) -> None:
         self._begun = True
         course = self._course
+        loader = self._loop.loader
+        if not course.returning:
+            self._stream, _ = course.streams.find(loader)
         try:
             saved = course.enter_loop(self)
         except LoopOver:
             self._over = True
             raise StopIteration from None
-        wanted = None if saved is None else saved["stream"]
-        self._stream, stream = course.streams.find(self._loop.loader, wanted)
         course.begin_step()
         if saved is None:
+            self._stream, _ = course.streams.find(loader)
             return
+        self._stream, stream = course.streams.find(loader, saved["stream"])
         if saved["pass"] is not None:
             self._pass = Pass(stream, saved["pass"])
             self._pass.open()
         self._delivered, self._steps = saved["delivered"], saved["steps"]
-        course.arrive()
+        self._returning = True
+
+    def _arrive(self) -> None:
+        """Be where the run was saved, and the wrappers around this loop as well.
+
+        StopIteration if a wrapper ends on the way: whoever asks next is nearer to that place.
+        """
         self._forwarding = True
         try:
-            forward_wrappers(self, self._delivered)
+            forward_wrappers(self, self._delivered, lambda: self._forwarded)
         finally:
             self._forwarding = False
+        self._returning = False
+        self._course.arrive()
 
     def _body_ended(self) -> None:
         if not self._pending:
@@ -167,8 +186,9 @@ class BatchIterator:
     def _step(self) -> None:
         self._gathered = 0
         self._steps += 1
-        last = self._steps == self._loop.steps and not self._course.place.in_epoch
-        self._course.step_boundary(last=last)
+        place = self._course.place
+        over = self._steps == self._loop.steps or place.stopped is not None
+        self._course.step_boundary(last=over and not place.in_epoch)
 
     def _next_batch(self) -> Any:
         while True:
@@ -208,6 +228,8 @@ class BatchIterator:
         if self._pass is not None:
             self._pass.close()
         self._course.leave_loop(self)
+        if self._loop.steps is not None:
+            self._course.finish()
         raise StopIteration
 
 
@@ -226,7 +248,7 @@ class StepLoop:
         return self._total
 
     def __next__(self) -> int:
-        course = self._course
+        course, place = self._course, self._course.place
         if self._over:
             raise StopIteration
         if not self._begun:
@@ -236,22 +258,22 @@ class StepLoop:
         if self._pending:
             self._pending = False
             if not course.midway():
-                last = course.place.step + 1 >= self._total and not course.place.in_epoch
-                course.step_boundary(last=last)
-        if course.place.step >= self._total or course.place.stopped is not None:
+                over = place.step + 1 >= self._total or place.stopped is not None
+                course.step_boundary(last=over and not place.in_epoch)
+        if place.step >= self._total or place.stopped is not None:
             self._over = True
             course.leave_loop(self)
+            course.finish()
             raise StopIteration
         course.begin_step()
         self._pending = True
         course.enter_body()
-        return course.place.step
+        return place.step
 
     def state(self) -> dict[str, Any]:
         return {}
 
     def settle(self) -> bool:
-        self._over = True
         return self._pending and not self._course.midway()
 
     def shape(self) -> tuple[int | None, int | None]:

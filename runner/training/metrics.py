@@ -32,7 +32,8 @@ class Metrics:
         if self._stale:
             self._fresh, self._stale = {}, False
         for name, value in values.items():
-            value = value.detach() if hasattr(value, "detach") else value
+            if hasattr(value, "detach"):
+                value = value.detach().clone()  # the script may go on adding to it
             self._fresh[name] = value
             self._pending.append((name, value, in_body))
         if len(self._pending) > _MAX_PENDING:
@@ -67,7 +68,8 @@ class Metrics:
         }
 
     def load_state(self, saved: dict[str, Any]) -> None:
-        self.history, self._sums, self._last = saved["history"], saved["sums"], saved["last"]
+        self.history[:] = saved["history"]  # a script may have got hold of the list
+        self._sums, self._last = saved["sums"], saved["last"]
         self._fresh, self._stale, self._pending = saved["fresh"], False, []
 
     def _fold(self) -> None:

@@ -36,6 +36,8 @@ def measure(place: Place, megabytes: float, repetitions: int) -> tuple[list[Figu
             place.settle()
             run.start()
             checks = compare_with_undisturbed(place, run)
+            wanted = f"{run.run_id}: preemptions with notice_to_durable_seconds in their record"
+            checks.append(Check(wanted, str(len(values["recorded"])), str(repetitions)))
     finally:
         run.close()
     values["step"] = [note["ended"] - note["begun"] for note in run.steps()]
@@ -81,8 +83,8 @@ def _round(place: Place, run: SupervisedRun, attempts: int, values: Values) -> N
     values["renamed"].append(renamed)
     values["exited"].append(exited)
     recorded = run.record(attempts + 3).notice_to_durable_seconds
-    assert recorded is not None, f"attempt {attempts + 3} was not saved after its notice"
-    values["recorded"].append(recorded)
+    if recorded is not None:
+        values["recorded"].append(recorded)
 
     place.settle()
     values["written"].append(_write_plainly(place, run.newest().nbytes))

@@ -1,0 +1,118 @@
+"""A small training script that says what it does: `importing`, `ready`, and `step N` in each body.
+
+Params: `epochs`, `workers`, `helpers` (start processes that never end), `gate` (a file), and what
+befalls an attempt: `{"2": [5, "raise"]}` is for the second, in the body of step 5. `wait` is to
+wait for the gate there, `validate` to wait for it in a validation after that step's epoch, and
+`import` before anything is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import runner
+
+PARAMS = runner.params(epochs=2, workers=0, helpers=False, gate="", befalls={})
+SAMPLES, BATCH = 48, 4
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def wait_at_gate(alive: Any = None) -> None:
+    while not Path(PARAMS["gate"]).exists():
+        time.sleep(0.001)
+        if alive is not None:
+            alive()
+
+
+def hang_for_ever() -> None:
+    threading.Event().wait()
+
+
+def befall(what: str) -> None:
+    """Something happens in the middle of a step."""
+    if what == "wait":
+        wait_at_gate()
+    elif what == "raise":
+        raise RuntimeError("raised on purpose")
+    elif what == "hang":
+        hang_for_ever()
+    elif what == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif what == "freeze":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif what == "freeze supervisor":
+        os.kill(os.getppid(), signal.SIGSTOP)
+        hang_for_ever()
+
+
+def start_helpers() -> None:
+    """One child as it comes, and one that goes into a session of its own."""
+    program = str(Path(__file__).with_name("waits.py"))
+    for session in (False, True):
+        helper = subprocess.Popen(
+            [sys.executable, program], stdout=subprocess.DEVNULL, start_new_session=session
+        )
+        say(f"process {helper.pid}")
+
+
+def main() -> None:
+    attempt = os.environ.get("RUNNER_ATTEMPT", "1")
+    at, what = PARAMS["befalls"].get(attempt, [-1, ""])
+    say(f"importing in process {os.getpid()}")
+    if what == "import":
+        wait_at_gate()
+
+    import torch
+    from torch.utils.data import DataLoader, TensorDataset
+
+    torch.manual_seed(7)
+    torch.set_num_threads(1)
+    features = torch.randn(SAMPLES, 6)
+    data = TensorDataset(features, features.sum(1, keepdim=True))
+    loader = DataLoader(data, BATCH, shuffle=True, num_workers=PARAMS["workers"])
+    model = torch.nn.Sequential(
+        torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Dropout(0.2), torch.nn.Linear(8, 1)
+    )
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 10)
+
+    run = runner.attach(model=model, optimizer=optimizer, scheduler=scheduler)
+    if PARAMS["helpers"]:
+        start_helpers()
+    say(f"ready at {run.step} in attempt {run.attempt}")
+    for _ in run.epochs(PARAMS["epochs"]):
+        model.train()
+        for inputs, targets in run.batches(loader):
+            say(f"step {run.step + 1}")
+            loss = torch.nn.functional.mse_loss(model(inputs), targets)
+            optimizer.zero_grad()
+            loss.backward()
+            if run.step + 1 == at and what != "validate":
+                befall(what)
+            optimizer.step()
+            scheduler.step()
+            run.log(train_loss=loss)
+        with run.phase("validation"), torch.no_grad():
+            model.eval()
+            if what == "validate" and run.step >= at:
+                say("validating")
+                wait_at_gate(run.alive)
+            run.log(val_loss=torch.nn.functional.mse_loss(model(features), data.tensors[1]))
+    results = {"val_loss": run.history[-1]["val_loss"], "steps": run.step}
+    (run.output_dir / "metrics.json").write_text(json.dumps(results))
+    say(f"finished at {run.step}")
+
+
+if __name__ == "__main__":
+    main()
