@@ -54,7 +54,7 @@ UpdateOption = Annotated[bool, typer.Option("--update", help="Go on with changed
 
 
 def main() -> None:
-    """The console script: no traceback for an error that was raised on purpose."""
+    """The console script: no traceback for an error that was raised on purpose or by the system."""
     logging.basicConfig(
         level=logging.INFO, format="runner: %(message)s", stream=sys.stderr, force=True
     )
@@ -65,6 +65,9 @@ def main() -> None:
     except RunnerError as error:
         typer.echo(f"runner: {error}", err=True)
         sys.exit(exitcodes.USAGE if isinstance(error, UsageError) else exitcodes.GIVEN_UP)
+    except OSError as error:
+        typer.echo(f"runner: the system refuses: {error}", err=True)
+        sys.exit(exitcodes.GIVEN_UP)
 
 
 def _end_early_on_signals() -> None:
@@ -77,6 +80,19 @@ def _end_early_on_signals() -> None:
         (signal.SIGTERM, exitcodes.PREEMPTED),
     ):
         signal.signal(signum, lambda *_, code=code: os._exit(code))
+
+
+def _clean_up_on_signals() -> None:
+    """Leave by an exception, so that what was started is ended; whoever is in a hurry has to wait."""
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def leave(signum: int, _frame: object) -> None:
+        for each in signals:
+            signal.signal(each, signal.SIG_IGN)
+        sys.exit(128 + signum)
+
+    for signum in signals:
+        signal.signal(signum, leave)
 
 
 # ---------------------------------------------------------------------------- running
@@ -110,6 +126,10 @@ def submit(
         check_launchable(loaded)
         arguments = sys.argv[1:]
         started = start_detached([a for a in arguments if a != "--detach"])
+        if started.exit_code is not None:
+            typer.echo(started.log.read_text(errors="replace"), err=True, nl=False)
+            code = started.exit_code
+            raise typer.Exit(code if code >= 0 else exitcodes.GIVEN_UP)
         typer.echo(f"process {started.pid}; its log is {started.log}", err=True)
         return
     _supervise(loaded, run_id, new, update, begin_from, components)
@@ -197,6 +217,7 @@ def simulate(
         seconds, preempt or [], lose_disk=lose_disk, trace=trace, speedup=speedup
     )
     opened = store_of(loaded)
+    _clean_up_on_signals()
     options = [option for text in param or () for option in ("-p", text)]
     options += ["--store", opened.url]
     report = simulation.simulate(

@@ -17,10 +17,12 @@ import io
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,7 @@ from runner.store import DirectoryStore, open_store
 PROGRAMS = Path(__file__).parent / "child_programs"
 RUNNER = str(Path(sys.executable).with_name("runner"))
 PATIENCE_SECONDS = 60.0
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
@@ -258,6 +261,28 @@ class Node:
         return left
 
 
+@contextlib.contextmanager
+def nodes_in(folder: Path) -> Iterator[Callable[[str], Node]]:
+    """Makes nodes by name, which share a store; afterwards, nothing of them may be left."""
+    nodes: list[Node] = []
+
+    def new(name: str) -> Node:
+        shared_memory = Path("/dev/shm")
+        memory = tempfile.mkdtemp(dir=shared_memory if shared_memory.is_dir() else None)
+        nodes.append(Node(folder / name, Path(memory), folder / "store"))
+        return nodes[-1]
+
+    try:
+        yield new
+    finally:
+        left = {node.folder.name: node.end() for node in nodes}
+        spools = [spool for node in nodes if not node.keeps_spool for spool in node.spools()]
+        for node in nodes:
+            shutil.rmtree(node.memory)
+    assert not any(left.values()), f"processes are left: {left}"
+    assert not spools, f"spools are left: {spools}"
+
+
 def is_running(pid: int) -> bool:
     entry = read_entry(pid)
     return entry is not None and entry.alive
@@ -272,7 +297,7 @@ def _as_it_was() -> Iterator[None]:
     """Put back what the console script sets up for its process."""
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
-    signals = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    signals = {number: signal.getsignal(number) for number in _SIGNALS}
     root.handlers.clear()
     try:
         yield

@@ -213,7 +213,7 @@ DAMAGES: dict[str, Damage] = (
     | {f"{name}: a byte more": extend(name) for name in FILES}
     | {f"{name}: missing": remove(name) for name in FILES}
     | {f"{name}: of the one before": from_the_one_before(name) for name in FILES}
-    | {f"the manifest: cut at {at}": cut("manifest.json", at) for at in (0, 1, 500, 1000)}
+    | {f"the manifest: cut at {at}": cut("manifest.json", at) for at in (0, 1, 500, 999)}
     | {
         f"the manifest names {name!r}": rewrite(files=(STATE, file_entry(name, b"x")))
         for name in ("../state.json", "/etc/passwd", "a/b", "..", "a\0b", "manifest.json")

@@ -87,7 +87,7 @@ class Archive:
                 return manifests[str(best[0].name)]
         if which.isascii() and which.isdigit():
             for manifest in manifests.values():
-                if manifest.moment.step == int(which):
+                if str(manifest.moment.step) == (which.lstrip("0") or "0"):
                     return manifest
         if which in manifests:
             return manifests[which]

@@ -37,14 +37,15 @@ def load_newest(
 ) -> Loaded | None:
     """Lay the newest sound checkpoint into memory that `allocate(nbytes)` gives.
 
-    `skip` goes back by so many sound ones (never past the oldest). None if the run has never
-    committed one. Raises NoValidCheckpoint, StoreError, or what `allocate` raises.
+    `skip` goes back by so many (never past the oldest); if there is no sound one as old as that,
+    a newer one has to do. None if the run has never committed one. Raises NoValidCheckpoint,
+    StoreError, or what `allocate` raises.
     """
-    candidates = [m for m in _readable(archive) if m.moment.scope == "full"]
-    if prefer_healthy:
-        candidates.sort(key=lambda manifest: not manifest.moment.healthy)  # stable: still by age
-    candidates = candidates[min(skip, max(0, len(candidates) - 1)) :]
-    for manifest in candidates:
+    full = [m for m in _readable(archive) if m.moment.scope == "full"]
+    wanted = [m for m in full if m.moment.healthy and prefer_healthy] or full
+    begin = min(skip, max(0, len(wanted) - 1))
+    last_resort = [m for m in full if m not in wanted]
+    for manifest in [*wanted[begin:], *reversed(wanted[:begin]), *last_resort]:
         if not manifest.moment.healthy:
             log.warning("%s holds metrics that are not finite", manifest.name)
         loaded = load(archive, manifest, allocate)

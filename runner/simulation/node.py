@@ -27,7 +27,7 @@ from runner.simulation.report import Death, build_report
 from runner.spool import Board, Spool, spool_path
 from runner.store import Store
 from runner.supervisor.index import HOME_VARIABLE, SPOOL_ROOT_VARIABLE
-from runner.supervisor.loop import HOLD_VARIABLE
+from runner.supervisor.loop import GRACE_VARIABLE, HOLD_VARIABLE
 from runner.supervisor.reaper import become_subreaper
 
 log = logging.getLogger(__name__)
@@ -78,7 +78,9 @@ def simulate(
     stderr. Nothing of the node is left afterwards, whatever happens.
     """
     become_subreaper()
-    node = Path(tempfile.mkdtemp(prefix="runner-node-", dir=_memory_backed()))
+    # As a supervisor's own spool: where the user says that memory is, else in /dev/shm.
+    root = os.environ.get(SPOOL_ROOT_VARIABLE) or _memory_backed()
+    node = Path(tempfile.mkdtemp(prefix="runner-node-", dir=root))
     command = [sys.executable, "-m", "runner", "run", str(job_file), "--run-id", run_id, *options]
     player = _Node(node, command, _Outlook(plan), store, run_id, 2 if quiet_stdout else 1)
     try:
@@ -168,10 +170,13 @@ class _Node:
     def _start(self) -> TrainerProcess:
         spool_root = self._folder / "spool"
         spool_root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        # What it says is of the life before, whose trainer may have been waiting for a notice.
+        (self._spool.rank.folder / "board").unlink(missing_ok=True)
         environment = {
             **os.environ,
             HOME_VARIABLE: str(self._folder / "home"),
             SPOOL_ROOT_VARIABLE: str(spool_root),
+            GRACE_VARIABLE: str(self._outlook.plan.grace_seconds),
         }
         environment.pop(HOLD_VARIABLE, None)
         if self._outlook.steps:

@@ -41,6 +41,8 @@ def build_report(
     archive = Archive(store, run_id)
     records = [r for r in Ledger(store, run_id, "").records() if r.attempt >= first]
     exit_code = deaths[-1].exit_code if deaths else 1
+    # A supervisor that died before it began an attempt has none of its own: the first one counts.
+    death_of = {death.attempt: death for death in reversed(deaths)}
     final = next(iter(archive.manifests()), None)
     productive = 0.0 if final is None else final.moment.productive_seconds
     return {
@@ -51,7 +53,7 @@ def build_report(
         "final_digest": None if final is None else archive.digest(final),
         "goodput_ratio": round(productive / wall_seconds, 4) if wall_seconds > 0 else 0.0,
         "wall_seconds": round(wall_seconds, 3),
-        "attempts": _attempts(records, {death.attempt: death for death in deaths}, final),
+        "attempts": _attempts(records, death_of, final),
         "results": _results(Path(store.url) / run_id / "outputs" / _RESULTS_FILE),
     }
 

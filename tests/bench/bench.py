@@ -23,6 +23,7 @@ from typing import Any
 from tests.bench import disturbing, stalling, starting
 from tests.bench.figures import Check, Figure, as_table
 from tests.bench.place import Place
+from tests.bench.supervised import warm_up
 
 SIZES_MB = (1.0, 500.0)
 REPETITIONS, QUICK_REPETITIONS = 5, 2
@@ -56,6 +57,7 @@ def measure(options: argparse.Namespace) -> tuple[dict[str, Any], list[Figure]]:
     begun, load_before = time.monotonic(), os.getloadavg()
     with Place(options.dir, options.patience) as place:
         facts = place.facts()
+        warm_up(place)
         for name in options.only or parts:
             print(f"bench: {name} …", file=sys.stderr, flush=True)
             more, found = parts[name](place)

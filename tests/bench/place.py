@@ -41,18 +41,24 @@ class Neighbours:
 
 @dataclass
 class Place:
-    """`disk` for stores, `memory` for spools and notes. `patience_seconds`: to wait for quiet."""
+    """`disk` for stores, `memory` for spools and notes. `patience_seconds`: to wait for quiet.
+
+    What is started here compiles Python files once, whatever the surroundings say: where
+    PYTHONDONTWRITEBYTECODE is set, each start would compile all of `runner` again.
+    """
 
     base: Path
     patience_seconds: float = 0.0
     disk: Path = field(init=False)
     memory: Path = field(init=False)
+    _bytecode: Path = field(init=False)
 
     def __enter__(self) -> Self:
         become_subreaper()  # a supervisor that is killed leaves its trainer to us
         self.disk = Path(tempfile.mkdtemp(prefix="runner-bench-", dir=self.base))
         shared = Path("/dev/shm")
         self.memory = Path(tempfile.mkdtemp(prefix="runner-bench-", dir=shared))
+        self._bytecode = Path(tempfile.mkdtemp(prefix="runner-bench-"))
         return self
 
     def __exit__(
@@ -65,7 +71,7 @@ class Place:
             child.kill()
         reap()
         self.clear()
-        for folder in (self.disk, self.memory):
+        for folder in (self.disk, self.memory, self._bytecode):
             shutil.rmtree(folder, ignore_errors=True)
 
     def clear(self) -> None:
@@ -81,8 +87,12 @@ class Place:
         """What is started here inherits this."""
         spool = self.memory / "spool"
         spool.mkdir(exist_ok=True, mode=0o700)
-        own = {HOME_VARIABLE: str(self.disk / "home"), SPOOL_ROOT_VARIABLE: str(spool)}
-        return {**os.environ, **own}
+        inherited = {name: v for name, v in os.environ.items() if not name.startswith("PYTHON")}
+        return inherited | {
+            HOME_VARIABLE: str(self.disk / "home"),
+            SPOOL_ROOT_VARIABLE: str(spool),
+            "PYTHONPYCACHEPREFIX": str(self._bytecode),
+        }
 
     @property
     def store(self) -> Path:

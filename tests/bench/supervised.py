@@ -190,3 +190,14 @@ class SupervisedRun:
         if not holds:
             tail = self._log.read_text(errors="replace")[-2000:]
             raise AssertionError(f"run {self.run_id}: {problem}; it printed:\n{tail}")
+
+
+def warm_up(place: Place) -> None:
+    """Have everything compiled and read from the disk once, before anything is measured."""
+    run = SupervisedRun(place, "warm-up", Settings(1, steps=2, save_every_steps=1))
+    try:
+        run.start()
+        run.finish()
+    finally:
+        run.close()
+    place.clear()

@@ -8,6 +8,7 @@ wait for the gate there, `validate` to wait for it in a validation after that st
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -66,6 +67,12 @@ def start_helpers() -> None:
         say(f"process {helper.pid}")
 
 
+def digest(model: Any) -> str:
+    """Of the parameters, as they are now."""
+    values = (parameter.detach().numpy().tobytes() for parameter in model.parameters())
+    return hashlib.sha256(b"".join(values)).hexdigest()
+
+
 def main() -> None:
     attempt = os.environ.get("RUNNER_ATTEMPT", "1")
     at, what = PARAMS["befalls"].get(attempt, [-1, ""])
@@ -91,6 +98,7 @@ def main() -> None:
     if PARAMS["helpers"]:
         start_helpers()
     say(f"ready at {run.step} in attempt {run.attempt}")
+    say(f"weights {digest(model)}")
     for _ in run.epochs(PARAMS["epochs"]):
         model.train()
         for inputs, targets in run.batches(loader):
@@ -111,6 +119,7 @@ def main() -> None:
             run.log(val_loss=torch.nn.functional.mse_loss(model(features), data.tensors[1]))
     results = {"val_loss": run.history[-1]["val_loss"], "steps": run.step}
     (run.output_dir / "metrics.json").write_text(json.dumps(results))
+    say(f"weights {digest(model)}")
     say(f"finished at {run.step}")
 
 

@@ -8,34 +8,29 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
-import tempfile
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from nodes import PROGRAMS, Node, Started, is_running
+from nodes import PROGRAMS, Node, Started, is_running, nodes_in
 from waiting import wait_until
 
 from runner.checkpoint.manifest import Manifest
-from runner.spool import is_locked
 
 STEPS = 24
 TRAINS = str(PROGRAMS / "trains.py")
 
-# What the module compares with: the digest of the run that nothing disturbs.
-
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    folder = tmp_path_factory.mktemp("undisturbed")
-    memory = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
-    node = Node(folder / "node", memory, folder / "store")
-    done = node.run("run", node.training())
-    assert done.code == 0, done.err
-    yield node.digest()
-    shutil.rmtree(memory)
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The digest of the run that nothing disturbs."""
+    with nodes_in(tmp_path_factory.mktemp("undisturbed")) as new:
+        node = new("node")
+        done = node.run("run", node.training())
+        assert done.code == 0, done.err
+        return node.digest()
 
 
 def start(node: Node, job: str, until: str, **env: str) -> Started:
@@ -283,9 +278,9 @@ def test_a_hung_trainer_behind_a_shell_shows_its_stacks_and_is_started_again(
     node: Node, undisturbed: str
 ) -> None:
     job = node.training(
-        command=["bash", "-c", f"python3 -c pass; '{os.sys.executable}' '{TRAINS}'; exit $?"],
+        command=["bash", "-c", f"python3 -c pass; '{sys.executable}' '{TRAINS}'; exit $?"],
         params={"befalls": {"1": [5, "hang"], "2": [11, "wait"]}},
-        restart={"hang_timeout": "5s", "backoff": {"initial": "1ms", "max": "1ms"}},
+        restart={"hang_timeout": "7s", "backoff": {"initial": "1ms", "max": "1ms"}},
     )
     supervisor = start(node, job, "step 11")
     hung = supervisor.pids()[0]
@@ -485,21 +480,3 @@ def test_a_run_of_which_nothing_is_sound_never_begins_anew(node: Node) -> None:
     assert done.code == 70
     assert done.out == "", "no trainer was started"
     assert "none of them is sound" in done.err
-
-
-def test_a_restored_slot_is_locked_by_nobody_afterwards(node: Node) -> None:
-    """Two runs of one store on one machine do not know of each other."""
-    jobs = [node.job("sleep", "60", name=name) for name in ("one", "other")]
-    supervisors = [node.start("run", job) for job in jobs]
-    for name in ("one", "other"):
-        wait_until(lambda name=name: node.spool(name).status(), what="the supervisor")
-
-    supervisors[0].send_signal(signal.SIGINT)
-    supervisors[0].send_signal(signal.SIGINT)
-
-    assert supervisors[0].wait() == 130
-    assert is_locked(node.spool("other").path / "lock")
-    supervisors[1].send_signal(signal.SIGKILL)
-    supervisors[1].wait()
-    assert node.end(), "its trainer outlives it"
-    node.keeps_spool = True
