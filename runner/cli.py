@@ -83,7 +83,7 @@ def _end_early_on_signals() -> None:
 
 
 def _clean_up_on_signals() -> None:
-    """Leave by an exception, so that what was started is ended; whoever is in a hurry has to wait."""
+    """Leave by an exception, so that what was started is ended, and only once."""
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def leave(signum: int, _frame: object) -> None:

@@ -558,9 +558,9 @@ def epochs_left_by_break(life: Life) -> Any:
     for epoch in run.epochs(5):
         for i, batch in enumerate(run.batches(kit.loader)):
             run.log(loss=kit.train(batch, (epoch, i)))
-        kit.validate()
         if epoch == 1:
             break
+        kit.validate()
     return run.step, run.history
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from runner import exitcodes
 from runner.checkpoint.archive import Archive
 from runner.checkpoint.attempts import AttemptRecord, Ledger
-from runner.checkpoint.manifest import Manifest
+from runner.checkpoint.manifest import Manifest, moment_to_json
 from runner.checkpoint.retention import pins
 from runner.errors import RunnerError, UnknownName
 from runner.spool import Board, Spool, spool_path
@@ -167,7 +167,7 @@ def checkpoint_row(manifest: Manifest, pinned: set[str]) -> dict[str, Any]:
         "healthy": moment.healthy,
         "pinned": manifest.name in pinned,
         "created_at": moment.created_at,
-        "metrics": dict(moment.metrics),
+        "metrics": moment_to_json(moment)["metrics"],
     }
 
 

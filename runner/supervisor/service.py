@@ -54,7 +54,7 @@ def store_of(job: Job) -> Store:
 
 def run_id_for(job: Job, wishes: Wishes, store: Store) -> str:
     """The run that is meant: the job's name, the id that was given, or with `new` an unused one."""
-    run_id = check_run_id(wishes.run_id or job.name)
+    run_id = check_run_id(job.name if wishes.run_id is None else wishes.run_id)
     if not wishes.new:
         return run_id
     taken = set(store.children(""))

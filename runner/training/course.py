@@ -66,6 +66,9 @@ class Loop(Protocol):
     def settle(self) -> bool:
         """Count the body that was left by a `break` as done: True if it ends a step."""
 
+    def close(self) -> None:
+        """Let go of what it reads from. `state` keeps answering for the place that was reached."""
+
     def shape(self) -> tuple[int | None, int | None]:
         """Batch size, and batches of one pass, where they are known."""
 
@@ -315,6 +318,7 @@ class Course:
         if self._saved is not None:  # in place since `attach`; the script has trained on from it
             self._saved = self._saved_loop = None
             self.session.restored()
+        self.begin_step()  # from the second boundary on it is known how long a step takes
         self.step_boundary()
         self.metrics.next_state()
 
@@ -351,6 +355,8 @@ class Course:
         if asked is not None:
             self.session.obeyed(asked)
             if asked.kind is Request.SAVE_AND_STOP:
+                if self.loop is not None:
+                    self.loop.close()  # workers end now, not when the garbage is collected
                 interrupt = asked.why is Why.INTERRUPT
                 code = self.session.interrupt_code if interrupt else PREEMPTED
                 raise Preempted(asked.why.trigger, code)

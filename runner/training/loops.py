@@ -120,9 +120,12 @@ class BatchIterator:
     def settle(self) -> bool:
         if self._pending:
             self._finish_body()
+        self.close()
+        return self._gathered > 0 and not self._course.midway()
+
+    def close(self) -> None:
         if self._pass is not None:
             self._pass.close()
-        return self._gathered > 0 and not self._course.midway()
 
     def shape(self) -> tuple[int | None, int | None]:
         size = getattr(self._loop.loader, "batch_size", None)
@@ -225,8 +228,7 @@ class BatchIterator:
 
     def _end(self) -> None:
         self._over = True
-        if self._pass is not None:
-            self._pass.close()
+        self.close()
         self._course.leave_loop(self)
         if self._loop.steps is not None:
             self._course.finish()
@@ -275,6 +277,9 @@ class StepLoop:
 
     def settle(self) -> bool:
         return self._pending and not self._course.midway()
+
+    def close(self) -> None:
+        """It holds nothing."""
 
     def shape(self) -> tuple[int | None, int | None]:
         return None, None

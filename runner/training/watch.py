@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+import weakref
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+
+_Gradient = tuple[weakref.ref[torch.Tensor], int]  # with the version that it had
 
 
 class OptimizerWatch:
@@ -16,6 +19,7 @@ class OptimizerWatch:
         targets = list(stateful)
         self.optimizers = [t for t in targets if isinstance(t, torch.optim.Optimizer)]
         self._stepped = False
+        self._used: dict[torch.nn.Parameter, _Gradient] = {}
         for optimizer in self.optimizers:
             optimizer.register_step_post_hook(self._on_step)
         for target in targets:
@@ -23,19 +27,33 @@ class OptimizerWatch:
                 self._watch_scaler(target)
 
     def midway(self) -> bool:
-        """Whether gradients have been gathered that no optimizer has used since `settled`."""
+        """Whether gradients have been gathered since `settled` that no optimizer has used.
+
+        Those that a script leaves lying after a step count for nothing: a resumed run has none.
+        """
         if self._stepped or not self.optimizers:
             return False
         return any(
-            parameter.grad is not None
-            for optimizer in self.optimizers
-            for group in optimizer.param_groups
-            for parameter in group["params"]
+            gradient is not None
+            and not _is_same(self._used.get(parameter), gradient)
+            and _holds_something(gradient)
+            for parameter, gradient in self._gradients()
         )
 
     def settled(self) -> None:
         """A boundary has been passed."""
         self._stepped = False
+        self._used = {
+            parameter: (weakref.ref(gradient), gradient._version)
+            for parameter, gradient in self._gradients()
+            if gradient is not None
+        }
+
+    def _gradients(self) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor | None]]:
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    yield parameter, parameter.grad
 
     def learning_rate(self) -> float | None:
         """Of the first group of the first optimizer."""
@@ -66,6 +84,15 @@ class OptimizerWatch:
             self._stepped = True
 
         scaler.update = watched  # type: ignore[method-assign]
+
+
+def _is_same(used: _Gradient | None, gradient: torch.Tensor) -> bool:
+    return used is not None and used[0]() is gradient and used[1] == gradient._version
+
+
+def _holds_something(gradient: torch.Tensor) -> bool:
+    """Whether it was not just zeroed in place."""
+    return bool((gradient._values() if gradient.is_sparse else gradient).any())
 
 
 def _moments(optimizer: torch.optim.Optimizer) -> int:

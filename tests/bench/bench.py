@@ -34,17 +34,19 @@ Measured = tuple[list[Figure], list[Check]]
 
 def measurements(repetitions: int, starts: int) -> dict[str, Callable[[Place], Measured]]:
     """By name, in the order in which they are taken."""
+
+    def of_size(
+        measure: Callable[[Place, float, int], Measured], megabytes: float
+    ) -> Callable[[Place], Measured]:
+        return lambda place: measure(place, megabytes, repetitions)
+
     parts: dict[str, Callable[[Place], Measured]] = {
         "start": lambda place: (starting.measure(place, starts), []),
         "memory": lambda place: (starting.measure_memory(place, repetitions), []),
     }
     for size in SIZES_MB:
-        parts[f"disturb-{size:g}"] = lambda place, size=size: disturbing.measure(
-            place, size, repetitions
-        )
-        parts[f"stall-{size:g}"] = lambda place, size=size: stalling.measure(
-            place, size, repetitions
-        )
+        parts[f"disturb-{size:g}"] = of_size(disturbing.measure, size)
+        parts[f"stall-{size:g}"] = of_size(stalling.measure, size)
     return parts
 
 

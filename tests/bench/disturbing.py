@@ -15,7 +15,7 @@ from functools import partial
 
 from tests.bench.exactness import compare_with_undisturbed
 from tests.bench.figures import Check, Figure, Peer
-from tests.bench.place import Place, neighbours
+from tests.bench.place import Neighbours, Place, neighbours
 from tests.bench.starting import memory_mb
 from tests.bench.supervised import Settings, SupervisedRun
 
@@ -28,16 +28,19 @@ Values = defaultdict[str, list[float]]
 def measure(place: Place, megabytes: float, repetitions: int) -> tuple[list[Figure], list[Check]]:
     values: Values = defaultdict(list)
     run = SupervisedRun(place, f"disturbed-{megabytes:g}", Settings(megabytes))
+    others = Neighbours()
     try:
-        with neighbours() as others:
-            for number in range(repetitions):
-                place.settle()
-                _round(place, run, 3 * number, values)
+        for number in range(repetitions):
             place.settle()
-            run.start()
-            checks = compare_with_undisturbed(place, run)
-            wanted = f"{run.run_id}: preemptions with notice_to_durable_seconds in their record"
-            checks.append(Check(wanted, str(len(values["recorded"])), str(repetitions)))
+            with neighbours(others):
+                _disturb(run, 3 * number, values)
+            place.settle()
+            with neighbours(others):
+                _measure_peers(place, run, values)
+        run.start()
+        checks = compare_with_undisturbed(place, run)
+        wanted = f"{run.run_id}: preemptions with notice_to_durable_seconds in their record"
+        checks.append(Check(wanted, str(len(values["recorded"])), str(repetitions)))
     finally:
         run.close()
     values["step"] = [note["ended"] - note["begun"] for note in run.steps()]
@@ -65,7 +68,7 @@ def _figure(
     return Figure(name, unit, values[key], peer, size, neighbours=cores)
 
 
-def _round(place: Place, run: SupervisedRun, attempts: int, values: Values) -> None:
+def _disturb(run: SupervisedRun, attempts: int, values: Values) -> None:
     """One of each, after so many attempts."""
     started = run.start()
     begin = run.wait_for_steps(_STEPS_BETWEEN, attempt=attempts + 1)
@@ -86,7 +89,9 @@ def _round(place: Place, run: SupervisedRun, attempts: int, values: Values) -> N
     if recorded is not None:
         values["recorded"].append(recorded)
 
-    place.settle()
+
+def _measure_peers(place: Place, run: SupervisedRun, values: Values) -> None:
+    """The same bytes written by themselves, and the shortest way to a first step."""
     values["written"].append(_write_plainly(place, run.newest().nbytes))
     values["first step"].append(
         place.seconds_to_print("-m", "tests.bench.trainer", "first-step", str(run.megabytes))

@@ -34,9 +34,14 @@ _QUIET_CORES = 0.15
 
 @dataclass
 class Neighbours:
-    """Processor time that others took, measured around something; `cores` is their average."""
+    """Processor time that others took while something was measured; `cores` is their average."""
 
-    cores: float = 0.0
+    seconds: float = 0.0
+    used_seconds: float = 0.0
+
+    @property
+    def cores(self) -> float:
+        return self.used_seconds / self.seconds if self.seconds else 0.0
 
 
 @dataclass
@@ -145,13 +150,16 @@ class Place:
 
 
 @contextmanager
-def neighbours() -> Iterator[Neighbours]:
-    """How many cores others use meanwhile. Children of ours count when they have been reaped."""
-    others = Neighbours()
+def neighbours(total: Neighbours | None = None) -> Iterator[Neighbours]:
+    """How many cores others use meanwhile, added to `total`.
+
+    Children of ours count as ours when they have been reaped: none may outlive this.
+    """
+    others = total or Neighbours()
     begun, busy, own = time.monotonic(), _busy_seconds(), _own_seconds()
     yield others
-    theirs = (_busy_seconds() - busy) - (_own_seconds() - own)
-    others.cores = max(0.0, theirs / (time.monotonic() - begun))
+    others.seconds += time.monotonic() - begun
+    others.used_seconds += max(0.0, (_busy_seconds() - busy) - (_own_seconds() - own))
 
 
 def reap() -> None:

@@ -14,7 +14,7 @@ from itertools import pairwise
 
 from tests.bench.exactness import compare_with_undisturbed
 from tests.bench.figures import Check, Figure, Peer
-from tests.bench.place import Place, neighbours
+from tests.bench.place import Neighbours, Place, neighbours
 from tests.bench.supervised import Settings, SupervisedRun
 
 _STEPS = 20
@@ -26,26 +26,26 @@ def measure(place: Place, megabytes: float, repetitions: int) -> tuple[list[Figu
     """A value for each round is the median over its saves."""
     in_loop, first, in_manifest, torch_save = [], [], [], []
     checks: list[Check] = []
-    with neighbours() as others:
-        for number in range(repetitions):
-            settings = Settings(megabytes, _STEPS, _SAVE_EVERY_STEPS, snapshot_every_steps=1)
-            run = SupervisedRun(place, f"stalled-{megabytes:g}-{number}", settings)
-            place.settle()
-            try:
+    others = Neighbours()
+    for number in range(repetitions):
+        settings = Settings(megabytes, _STEPS, _SAVE_EVERY_STEPS, snapshot_every_steps=1)
+        run = SupervisedRun(place, f"stalled-{megabytes:g}-{number}", settings)
+        place.settle()
+        try:
+            with neighbours(others):
                 run.start()
-                if number == 0:
-                    checks += compare_with_undisturbed(place, run)
-                else:
-                    run.finish()
-            finally:
-                run.close()
-            stalls = [after["begun"] - before["ended"] for before, after in pairwise(run.steps())]
-            first.append(statistics.median(stalls[:_SLOTS]))
-            in_loop.append(statistics.median(stalls[_SLOTS:]))
-            in_manifest.append(
-                statistics.median(m.moment.snapshot_seconds for m in run.archive.manifests())
-            )
-            place.settle()
+                checks += [] if number else compare_with_undisturbed(place, run)
+                run.wait()
+        finally:
+            run.close()
+        stalls = [after["begun"] - before["ended"] for before, after in pairwise(run.steps())]
+        first.append(statistics.median(stalls[:_SLOTS]))
+        in_loop.append(statistics.median(stalls[_SLOTS:]))
+        in_manifest.append(
+            statistics.median(m.moment.snapshot_seconds for m in run.archive.manifests())
+        )
+        place.settle()
+        with neighbours(others):
             torch_save.append(_torch_save_seconds(place, megabytes))
     peer = Peer("torch.save into the same directory", torch_save)
     size, load = megabytes, others.cores

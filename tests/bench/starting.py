@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from tests.bench.figures import Figure, Peer
-from tests.bench.place import Place, neighbours
+from tests.bench.place import Neighbours, Place, neighbours
 from tests.bench.supervised import RUNNER, Settings, SupervisedRun
 
 START_LIMIT_SECONDS = 0.5
@@ -23,9 +23,10 @@ _LOOK_SECONDS = 0.02
 def measure(place: Place, repetitions: int) -> list[Figure]:
     """The start is measured with a trainer that only says when it began."""
     starts, bare, imports = [], [], []
-    with neighbours() as others:
-        for number in range(repetitions):
-            place.settle()
+    others = Neighbours()
+    for number in range(repetitions):
+        place.settle()
+        with neighbours(others):
             starts.append(_start(place, number))
             bare.append(place.seconds_to_print("-c", _SAY_WHEN))
             imports.append(place.seconds_to_print("-c", f"import pydantic, typer; {_SAY_WHEN}"))

@@ -133,10 +133,14 @@ class SupervisedRun:
     def finish(self) -> tuple[str, int]:
         """Let it come to its end; the digest that the trainer ended with, and its last step."""
         self._finish.touch()
-        code = self._running.wait(_PATIENCE_SECONDS)
-        self._expect(code == 0, f"exit code {code} instead of 0")
+        self.wait()
         note = self.notes("digest")[-1]
         return note["digest"], note["step"]
+
+    def wait(self) -> None:
+        """Wait until the run has ended well."""
+        code = self._running.wait(_PATIENCE_SECONDS)
+        self._expect(code == 0, f"exit code {code} instead of 0")
 
     def close(self) -> None:
         """End it in any case; what it stored goes with the place."""
@@ -197,7 +201,7 @@ def warm_up(place: Place) -> None:
     run = SupervisedRun(place, "warm-up", Settings(1, steps=2, save_every_steps=1))
     try:
         run.start()
-        run.finish()
+        run.wait()
     finally:
         run.close()
     place.clear()

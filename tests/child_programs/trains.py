@@ -1,9 +1,9 @@
 """A small training script that says what it does: `importing`, `ready`, and `step N` in each body.
 
 Params: `epochs`, `workers`, `helpers` (start processes that never end), `gate` (a file), and what
-befalls an attempt: `{"2": [5, "raise"]}` is for the second, in the body of step 5. `wait` is to
-wait for the gate there, `validate` to wait for it in a validation after that step's epoch, and
-`import` before anything is imported.
+befalls an attempt: `{"2": {"5": "raise"}}` is for the second, in the body of step 5. `wait` is to
+wait for the gate there, `validate` to wait for it in the validation after that step, and `import`,
+at step 0, before anything is imported.
 """
 
 from __future__ import annotations
@@ -40,9 +40,11 @@ def hang_for_ever() -> None:
     threading.Event().wait()
 
 
-def befall(what: str) -> None:
+def befall(what: str, run: Any) -> None:
     """Something happens in the middle of a step."""
-    if what == "wait":
+    if what == "save":
+        run.save()
+    elif what == "wait":
         wait_at_gate()
     elif what == "raise":
         raise RuntimeError("raised on purpose")
@@ -75,9 +77,9 @@ def digest(model: Any) -> str:
 
 def main() -> None:
     attempt = os.environ.get("RUNNER_ATTEMPT", "1")
-    at, what = PARAMS["befalls"].get(attempt, [-1, ""])
+    befalls = {int(step): what for step, what in PARAMS["befalls"].get(attempt, {}).items()}
     say(f"importing in process {os.getpid()}")
-    if what == "import":
+    if befalls.get(0) == "import":
         wait_at_gate()
 
     import torch
@@ -106,14 +108,13 @@ def main() -> None:
             loss = torch.nn.functional.mse_loss(model(inputs), targets)
             optimizer.zero_grad()
             loss.backward()
-            if run.step + 1 == at and what != "validate":
-                befall(what)
+            befall(befalls.get(run.step + 1, ""), run)
             optimizer.step()
             scheduler.step()
             run.log(train_loss=loss)
         with run.phase("validation"), torch.no_grad():
             model.eval()
-            if what == "validate" and run.step >= at:
+            if befalls.get(run.step) == "validate":
                 say("validating")
                 wait_at_gate(run.alive)
             run.log(val_loss=torch.nn.functional.mse_loss(model(features), data.tensors[1]))

@@ -67,7 +67,7 @@ def finish(node: Node, job: str) -> str:
 
 def test_whatever_asks_a_run_to_end_it_goes_on_exactly(node: Node, undisturbed: str) -> None:
     """SIGTERM, Ctrl-C and `runner stop`, one after the other, each in the middle of a step."""
-    befalls = {"1": [5, "wait"], "2": [9, "wait"], "3": [14, "wait"]}
+    befalls = {"1": {"5": "wait"}, "2": {"9": "wait"}, "3": {"14": "wait"}}
     job = node.training(params={"befalls": befalls})
 
     supervisor = start(node, job, "step 5")
@@ -108,7 +108,7 @@ def test_whatever_asks_a_run_to_end_it_goes_on_exactly(node: Node, undisturbed: 
 
 
 def test_sigusr1_makes_a_checkpoint_and_training_goes_on(node: Node) -> None:
-    job = node.training(params={"befalls": {"1": [5, "wait"]}, "epochs": 1})
+    job = node.training(params={"befalls": {"1": {"5": "wait"}}, "epochs": 1})
     secrets = {"AWS_SECRET_ACCESS_KEY": "a-secret", "GOOGLE_API_KEY": "another-secret"}
     supervisor = start(node, job, "step 5", **secrets)
 
@@ -126,7 +126,7 @@ def test_sigusr1_makes_a_checkpoint_and_training_goes_on(node: Node) -> None:
 
 
 def test_a_preemption_while_torch_is_imported_has_nothing_to_save(node: Node) -> None:
-    job = node.training(params={"befalls": {"1": [0, "import"]}}, preemption={"grace": "2s"})
+    job = node.training(params={"befalls": {"1": {"0": "import"}}}, preemption={"grace": "2s"})
     supervisor = start(node, job, "importing")
 
     supervisor.send_signal(signal.SIGTERM)
@@ -161,7 +161,7 @@ def listens(pid: int, signum: int) -> bool:
 
 
 def test_ctrl_c_is_obeyed_even_where_it_was_inherited_as_ignored(node: Node) -> None:
-    job = node.training(params={"befalls": {"1": [2, "wait"]}})
+    job = node.training(params={"befalls": {"1": {"2": "wait"}}})
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell does for background jobs
     try:
         supervisor = node.start("run", job)
@@ -177,7 +177,7 @@ def test_ctrl_c_is_obeyed_even_where_it_was_inherited_as_ignored(node: Node) -> 
 
 def test_sigterm_to_everybody_saves_and_leaves_nobody(node: Node) -> None:
     """As a terminal or a cluster sends it: to the supervisor's group, and to the trainer too."""
-    params = {"befalls": {"1": [5, "wait"]}, "workers": 2, "helpers": True}
+    params = {"befalls": {"1": {"5": "wait"}}, "workers": 2, "helpers": True}
     job = node.training(params=params)
     supervisor = start(node, job, "step 5")
     everybody = node.processes()
@@ -199,7 +199,7 @@ def test_sigterm_to_everybody_saves_and_leaves_nobody(node: Node) -> None:
 
 
 def test_a_long_validation_costs_a_preemption_nothing(node: Node, undisturbed: str) -> None:
-    job = node.training(params={"befalls": {"1": [12, "validate"]}}, preemption={"grace": "4s"})
+    job = node.training(params={"befalls": {"1": {"12": "validate"}}}, preemption={"grace": "4s"})
     supervisor = start(node, job, "validating")
 
     supervisor.send_signal(signal.SIGTERM)
@@ -214,7 +214,7 @@ def test_a_long_validation_costs_a_preemption_nothing(node: Node, undisturbed: s
 
 
 def test_a_frozen_trainer_is_saved_and_killed_in_time(node: Node) -> None:
-    params = {"befalls": {"1": [7, "freeze"]}, "workers": 2, "helpers": True}
+    params = {"befalls": {"1": {"7": "freeze"}}, "workers": 2, "helpers": True}
     job = node.training(params=params, preemption={"grace": "4s"})
     supervisor = start(node, job, "step 7")
     wait_until(lambda: state_of(supervisor.pids()[0]) == "T", what="the trainer to freeze")
@@ -232,7 +232,7 @@ def state_of(pid: int) -> str:
 
 
 def test_a_second_ctrl_c_ends_it_at_once(node: Node) -> None:
-    job = node.training(params={"befalls": {"1": [3, "wait"]}})
+    job = node.training(params={"befalls": {"1": {"3": "wait"}}})
     supervisor = start(node, job, "step 3")
 
     supervisor.send_signal(signal.SIGINT)
@@ -251,7 +251,7 @@ def test_a_second_ctrl_c_ends_it_at_once(node: Node) -> None:
 def test_a_killed_or_crashed_trainer_goes_on_with_its_newest_snapshot(
     node: Node, undisturbed: str
 ) -> None:
-    befalls = {"1": [5, "kill"], "2": [9, "raise"]}
+    befalls = {"1": {"5": "kill"}, "2": {"9": "raise"}}
     job = node.training(params={"befalls": befalls, "workers": 2, "helpers": True})
 
     done = node.run("run", job)
@@ -279,7 +279,7 @@ def test_a_hung_trainer_behind_a_shell_shows_its_stacks_and_is_started_again(
 ) -> None:
     job = node.training(
         command=["bash", "-c", f"python3 -c pass; '{sys.executable}' '{TRAINS}'; exit $?"],
-        params={"befalls": {"1": [5, "hang"], "2": [11, "wait"]}},
+        params={"befalls": {"1": {"5": "hang"}, "2": {"11": "wait"}}},
         restart={"hang_timeout": "7s", "backoff": {"initial": "1ms", "max": "1ms"}},
     )
     supervisor = start(node, job, "step 11")
@@ -372,7 +372,7 @@ def test_a_home_that_cannot_be_written_does_not_stop_a_run(node: Node) -> None:
 
 
 def test_what_a_killed_supervisor_left_is_ended_and_continued(node: Node, undisturbed: str) -> None:
-    params = {"befalls": {"1": [7, "wait"]}, "workers": 2, "helpers": True}
+    params = {"befalls": {"1": {"7": "wait"}}, "workers": 2, "helpers": True}
     job = node.training(params=params)
     killed = start(node, job, "step 7")
     orphans = [pid for pid in node.processes() if pid != killed.pid]
@@ -412,7 +412,7 @@ def test_a_supervisor_that_was_frozen_finds_itself_fenced_off(
 ) -> None:
     older, newer = new_node("older"), new_node("newer")
     checkpoint = {"every": {"steps": 4}, "snapshot_every": {"steps": 1}, "keep": {"last": 1}}
-    params = {"befalls": {"1": [7, "wait"]}, "gate": str(older.gate)}
+    params = {"befalls": {"1": {"7": "wait"}}, "gate": str(older.gate)}
     frozen = start(older, older.training(params=params, checkpoint=checkpoint), "step 7")
     wait_until(lambda: older.records()[-1].saved_step == 4, what="the checkpoint of step 4")
     frozen.send_signal(signal.SIGSTOP)
@@ -443,7 +443,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def test_a_damaged_newest_checkpoint_is_passed_over(node: Node, undisturbed: str) -> None:
     checkpoint = {"every": {"steps": 4}, "snapshot_every": {"steps": 1}}
-    job = node.training(params={"befalls": {"1": [10, "wait"]}}, checkpoint=checkpoint)
+    job = node.training(params={"befalls": {"1": {"10": "wait"}}}, checkpoint=checkpoint)
     supervisor = start(node, job, "step 10")
     ask(node, supervisor, signal.SIGTERM)
     assert supervisor.wait() == 75
@@ -469,7 +469,7 @@ def flip_a_bit(node: Node, manifest: Manifest) -> None:
 
 
 def test_a_run_of_which_nothing_is_sound_never_begins_anew(node: Node) -> None:
-    job = node.training(params={"befalls": {"1": [3, "wait"]}})
+    job = node.training(params={"befalls": {"1": {"3": "wait"}}})
     supervisor = start(node, job, "step 3")
     ask(node, supervisor, signal.SIGTERM)
     assert supervisor.wait() == 75
