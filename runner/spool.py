@@ -262,7 +262,8 @@ class RankSpool:
     def give_back(self, slot: int, *, must: bool = False) -> None:
         """End a claim: the slot is complete again; `must` says whether it is still to be persisted.
 
-        If memory is so short that not even the marker can be written, the slot stays as it was.
+        Where memory is so short that not even a marker can be written, a slot that was persisted
+        is dropped instead, and one that is still to be persisted is what it was before the claim.
         """
         claimed = self.folder / f"slot-{slot}.claimed.json"
         marker = read_marker(claimed)
@@ -270,7 +271,12 @@ class RankSpool:
             claimed.unlink(missing_ok=True)
             return
         if marker.must != must:
-            _replace(claimed, _dump(asdict(marker) | {"must": must}))
+            try:
+                _replace(claimed, _dump(asdict(marker) | {"must": must}))
+            except SpoolFull:
+                if marker.must:
+                    self.drop(slot)
+                    return
         claimed.rename(self.folder / f"slot-{slot}.json")
 
     def hold(self, marker: Marker) -> None:
@@ -288,7 +294,7 @@ class RankSpool:
 
     def recover_claims(self) -> None:
         """Give back what a supervisor that is dead by now had claimed."""
-        for path in self.folder.glob("slot-?.claimed.json"):
+        for path in self.folder.glob("slot-[0-9].claimed.json"):
             marker = read_marker(path)
             self.give_back(int(path.name[5]), must=marker is not None and marker.must)
 
@@ -325,7 +331,7 @@ class Spool:
         except OSError as error:
             raise SpoolError(f"{self.path} cannot be made: {error.strerror}") from error
         if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
-            raise SpoolError(f"{self.path} belongs to somebody else; remove it or set RUNNER_HOME")
+            raise SpoolError(f"{self.path} belongs to somebody else; set RUNNER_SPOOL_ROOT")
         self.path.chmod(0o700)
         self._lock = _locked(self.path / "lock") or _raise(
             SpoolTaken(f"{self.path} is in use by another supervisor on this host")
@@ -431,7 +437,7 @@ def read_marker(path: Path) -> Marker | None:
             facts=dict(content["facts"]),
         )
         _ = marker.order
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         return None
     return marker
 
@@ -441,7 +447,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     try:
         with path.open("rb") as file:
             content = json.loads(file.read(_MAX_JSON_BYTES))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None
 

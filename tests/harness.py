@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import functools
 import gc
 import json
 import os
@@ -274,7 +273,6 @@ def _persisting(keeper: Keeper, board: Board) -> Iterator[None]:
     keeper.persist_due()
 
 
-@functools.cache
 def _settle_garbage() -> None:
     """Let later collections pass over what is there by now: torch alone takes them 0.2 s."""
     gc.collect()

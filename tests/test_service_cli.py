@@ -179,7 +179,7 @@ def refusals(node: Node) -> dict[str, tuple[list[str], str]]:
         "a store below a file": (["run", fine, "--store", "a-file/below"], "is not a directory"),
         "a store that is a file": (["run", fine, "--store", "a-file"], "is not a directory"),
         "a store elsewhere": (["run", fine, "--store", "s3://bucket/x"], "s3:/"),
-        "a param without a value": (["run", fine, "-p", "lr"], "-p lr"),
+        "a param without a value": (["run", fine, "-p", "lr"], "KEY=VALUE"),
         "an option that is none": (["run", fine, "--nwe"], "--nwe"),
         "a command that is none": (["runn", fine], "runn"),
         "a step of no run": (["run", fine, "--from", "8"], "does not exist"),

@@ -7,7 +7,7 @@ import signal
 import stat
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,23 +48,43 @@ def files(rank: RankSpool) -> list[str]:
     return sorted(path.name for path in rank.folder.iterdir())
 
 
-def in_child(work: Callable[[], object]) -> int:
-    """The id of a child process that does `work` and exits with 0 if nothing was raised."""
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            work()
-            code = 0
-        finally:
-            if code:
-                traceback.print_exc()
-            os._exit(code)
-    return pid
+class Children:
+    """Processes that are forked off for a test, and gone after it."""
+
+    def __init__(self) -> None:
+        self._running: set[int] = set()
+
+    def start(self, work: Callable[[], object]) -> int:
+        """The id of a child that does `work` and exits with 0 if nothing was raised."""
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                work()
+                code = 0
+            finally:
+                if code:
+                    traceback.print_exc()
+                os._exit(code)
+        self._running.add(pid)
+        return pid
+
+    def exit_code(self, pid: int) -> int:
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        self._running.discard(pid)
+        return code
+
+    def end(self) -> None:
+        for pid in [*self._running]:
+            os.kill(pid, signal.SIGKILL)
+            self.exit_code(pid)
 
 
-def exit_code(pid: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+@pytest.fixture
+def children() -> Iterator[Children]:
+    started = Children()
+    yield started
+    started.end()
 
 
 # ---------------------------------------------------------------- the board
@@ -98,7 +118,9 @@ def test_a_field_is_eight_aligned_bytes(rank: RankSpool) -> None:
         assert getattr(board, name) == LARGEST - number
 
 
-def test_what_one_process_writes_the_other_sees_and_never_torn(rank: RankSpool) -> None:
+def test_what_one_process_writes_the_other_sees_and_never_torn(
+    rank: RankSpool, children: Children
+) -> None:
     board = Board.create(rank.folder / "board")
 
     def trainer() -> None:
@@ -109,13 +131,13 @@ def test_what_one_process_writes_the_other_sees_and_never_torn(rank: RankSpool) 
             own.step = LARGEST
         own.answered = own.request_number
 
-    child = in_child(trainer)
+    child = children.start(trainer)
     wait_until(lambda: board.pid == child, what="the trainer's pid on the board")
     seen = {board.step for _ in range(200_000)}
     number = board.ask(Request.SAVE_AND_STOP, Why.PREEMPTION, deadline_ns=123)
 
     wait_until(lambda: board.answered == number, what="the answer")
-    assert exit_code(child) == 0
+    assert children.exit_code(child) == 0
     assert seen <= {0, LARGEST}
 
 
@@ -336,7 +358,9 @@ def test_claims_of_a_dead_supervisor_are_recovered_as_they_were(rank: RankSpool)
     assert not any(rank.is_claimed(slot) for slot in range(10))
 
 
-def test_each_slot_goes_to_exactly_one_of_the_trainer_and_the_supervisor() -> None:
+def test_each_slot_goes_to_exactly_one_of_the_trainer_and_the_supervisor(
+    children: Children,
+) -> None:
     rounds = 400
     with memory_folder() as folder:
         rank = RankSpool(folder)
@@ -355,7 +379,7 @@ def test_each_slot_goes_to_exactly_one_of_the_trainer_and_the_supervisor() -> No
                 rank.drop(0)
                 own.answered = 2 * number + got
 
-        child = in_child(supervisor)
+        child = children.start(supervisor)
         won = {True: 0, False: 0}
         for number in range(1, rounds + 1):
             rank.publish(marker)
@@ -367,11 +391,11 @@ def test_each_slot_goes_to_exactly_one_of_the_trainer_and_the_supervisor() -> No
             claimed = bool(board.answered % 2)
             assert withdrawn != claimed, f"in round {number} the slot went to both, or to none"
             won[claimed] += 1
-        assert exit_code(child) == 0
+        assert children.exit_code(child) == 0
         assert won[True] + won[False] == rounds
 
 
-def test_a_marker_appears_all_at_once() -> None:
+def test_a_marker_appears_all_at_once(children: Children) -> None:
     with memory_folder() as folder:
         rank = RankSpool(folder)
         board = Board.create(folder / "board")
@@ -384,12 +408,12 @@ def test_a_marker_appears_all_at_once() -> None:
                 number += 1
                 fill(rank, 0, snapshot(save=1 + number % 2), facts={"padding": "x" * 20_000})
 
-        child = in_child(trainer)
+        child = children.start(trainer)
         for _ in range(300):
             (marker,) = rank.complete()
             assert marker.order in ((1, 1), (1, 2))
         board.ask(Request.SAVE_AND_STOP, Why.MANUAL)
-        assert exit_code(child) == 0
+        assert children.exit_code(child) == 0
 
 
 # ---------------------------------------------------------------- rubbish
@@ -559,22 +583,25 @@ def test_a_second_supervisor_is_refused_for_as_long_as_the_first_one_lives(
     second.close()
 
 
-def test_the_lock_of_a_supervisor_that_was_killed_is_free(tmp_path: Path) -> None:
+def test_the_lock_of_a_supervisor_that_was_killed_is_free(
+    tmp_path: Path, children: Children
+) -> None:
     path = tmp_path / "spool"
     ready, tell = os.pipe()
 
     def hold() -> None:
-        Spool(path).open()
+        own = Spool(path)
+        own.open()
         os.write(tell, b"x")
         signal.pause()
 
-    child = in_child(hold)
+    child = children.start(hold)
     assert os.read(ready, 1) == b"x"
     spool = Spool(path)
     with pytest.raises(SpoolTaken):
         spool.open()
     os.kill(child, 9)
-    assert exit_code(child) == -9
+    assert children.exit_code(child) == -9
 
     spool.open()
     assert is_locked(path / "lock")

@@ -215,6 +215,8 @@ def check_images(images: Sequence[FileImage], slot_bytes: int, where: str) -> No
         raise CheckpointInvalid(where, f"{foreign[0]!r} is no plain file name")
     if len(set(names)) != len(names) or STATE_FILE not in names:
         raise CheckpointInvalid(where, f"its files are not {STATE_FILE} and others, once each")
+    if not all(type(number) is int for i in images for number in (i.offset, i.size)):
+        raise CheckpointInvalid(where, "its offsets and sizes are not all whole numbers")
     end = 0
     for image in sorted(images, key=lambda image: (image.offset, image.size)):
         if image.offset < end or image.size < 0 or image.offset + image.size > slot_bytes:

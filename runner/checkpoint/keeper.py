@@ -22,6 +22,7 @@ from runner.checkpoint.restore import Loaded, load, load_newest
 from runner.errors import (
     CheckpointError,
     CheckpointInvalid,
+    Fenced,
     NoValidCheckpoint,
     RunnerError,
     SpoolFull,
@@ -81,8 +82,7 @@ class Keeper:
         self._best, self._prefer_healthy = best, prefer_healthy
         self._disk, self._always_disk = disk, always_disk
         self._durable = _NEVER
-        self._restoring: int | None = None
-        self._foreign = False  # another run's checkpoint, whose numbers mean nothing here
+        self._restoring: Marker | None = None
 
     # ------------------------------------------------------------------ restoring
 
@@ -98,21 +98,23 @@ class Keeper:
         """
         begun = time.monotonic()
         self._rank.recover_claims()
-        stored = self._archive.names()
-        self._durable = stored[0] if stored else _NEVER
+        self._drop_foreign()
+        newest = next(self._archive.manifests(), None)
+        self._durable = _NEVER if newest is None else newest.moment.name
         source = "slot"
         held = None if go_back or which else self._newest_slot(self._durable)
         if held is None:
             source = "store"
+            named = self._find(self._archive, which) if which else None
             # Whatever is in the slots is older, or is what the run goes back from.
             self._rank.forget()
-            held = self._named(which) if which else self._from_store(go_back)
+            held = self._from_store(go_back) if named is None else self._named(named)
         if held is None and origin is not None:
             held = self._from_origin(origin)
         if held is None:
             return None
         marker, moment = held
-        self._restoring = marker.slot
+        self._restoring = marker
         self._rank.send("restore.json", asdict(marker))
         return Resumption(moment, marker.slot, source, time.monotonic() - begun)
 
@@ -120,16 +122,26 @@ class Keeper:
         """The trainer has its state: the slot that it came from may be used again."""
         if self._restoring is None:
             return
-        if self._foreign:
-            self._rank.drop(self._restoring)
+        if _is_foreign(self._restoring):
+            self._rank.drop(self._restoring.slot)
         else:
-            self._rank.give_back(self._restoring)
-        self._restoring, self._foreign = None, False
+            self._rank.give_back(self._restoring.slot, must=self._restoring.must)
+        self._restoring = None
 
     def has_unsaved(self) -> bool:
         """Whether a slot holds something newer than what is durable."""
+        markers = self._rank.complete()
+        if self._restoring is not None and not _is_foreign(self._restoring):
+            markers.append(self._restoring)
         durable = (self._durable.attempt, self._durable.save)
-        return any(marker.must or marker.order > durable for marker in self._rank.complete())
+        return any(marker.must or marker.order > durable for marker in markers)
+
+    def _drop_foreign(self) -> None:
+        """Free the slots of another run's checkpoint that no trainer has come to take."""
+        self._restoring = None
+        for marker in self._rank.complete():
+            if _is_foreign(marker):
+                self._rank.withdraw(marker.slot)
 
     def _newest_slot(self, stored: CheckpointName) -> tuple[Marker, Moment] | None:
         """The newest complete slot, claimed, if it is at least as new as the store's newest."""
@@ -147,8 +159,7 @@ class Keeper:
                 continue
             if moment.healthy or not self._prefer_healthy:
                 return marker, moment
-            self._rank.give_back(marker.slot)
-            return None
+            self._rank.give_back(marker.slot, must=marker.must)
         return None
 
     def _from_store(self, go_back: int) -> tuple[Marker, Moment] | None:
@@ -161,8 +172,7 @@ class Keeper:
         )
         return None if loaded is None else self._hold(loaded, {})
 
-    def _named(self, which: str) -> tuple[Marker, Moment]:
-        manifest = self._find(self._archive, which)
+    def _named(self, manifest: Manifest) -> tuple[Marker, Moment]:
         loaded = load(self._archive, manifest, self._slot_memory)
         if loaded is None:
             raise NoValidCheckpoint(f"{manifest.name} is not sound and was put into quarantine")
@@ -173,10 +183,9 @@ class Keeper:
         manifest = self._find(origin.archive, origin.which)
         layout = origin.archive.layout(manifest)
         origin.archive.load_into(manifest, layout, self._slot_memory(layout.nbytes))
-        facts = {"components": list(origin.components)} if origin.components else {}
+        facts = {"origin": origin.archive.run_id, "components": list(origin.components)}
         marker, moment = self._hold(Loaded(manifest, layout), facts)
-        self._foreign = True
-        return marker, replace(moment, step=0) if facts else moment
+        return marker, replace(moment, step=0) if origin.components else moment
 
     def _find(self, archive: Archive, which: str) -> Manifest:
         metric, mode = self._best or (None, "min")
@@ -215,6 +224,8 @@ class Keeper:
 
     def persist_newest(self, triggers: Sequence[str]) -> Saved | None:
         """Persist the newest complete slot with these triggers added; None if it is durable."""
+        if self._restoring is not None and not _is_foreign(self._restoring):
+            self.restored()  # it may be the newest, and only the trainer could overwrite it
         for marker in reversed(self._rank.complete()):
             if not marker.must and marker.order <= (self._durable.attempt, self._durable.save):
                 return None
@@ -262,7 +273,7 @@ class Keeper:
         where = f"slot-{marker.slot}"
         try:
             moment = moment_from_json(marker.moment)
-            images = [FileImage(i["name"], int(i["offset"]), int(i["size"])) for i in marker.images]
+            images = [FileImage(i["name"], i["offset"], i["size"]) for i in marker.images]
             memory = view_slot(self._rank.slot_path(marker.slot))
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointInvalid(where, f"its marker is unusable: {error!s}") from error
@@ -284,10 +295,16 @@ class Keeper:
             return False
         try:
             reply = self._fetch(str(request.get("which")))
-        except RunnerError as error:
-            reply = {"error": str(error)}
-        self._rank.send("fetched.json", {"number": request.get("number"), **reply})
+        except (RunnerError, OSError) as error:
+            self._reply(request, {"error": str(error)})
+            if isinstance(error, Fenced):
+                raise
+        else:
+            self._reply(request, reply)
         return True
+
+    def _reply(self, request: Mapping[str, Any], reply: Mapping[str, Any]) -> None:
+        self._rank.send("fetched.json", {"number": request.get("number"), **reply})
 
     def _fetch(self, which: str) -> Mapping[str, Any]:
         self.persist_due()  # the one that is asked for may be on its way
@@ -303,6 +320,11 @@ def read_restore(rank: RankSpool) -> Marker | None:
     """The trainer's side of `restore`: the slot to begin from, or None at the very start."""
     content = read_json(rank.folder / "restore.json")
     return None if content is None else Marker(**content)
+
+
+def _is_foreign(marker: Marker) -> bool:
+    """Whether a slot holds another run's checkpoint, whose attempts and saves mean nothing here."""
+    return "origin" in marker.facts
 
 
 def _marker(slot: int, loaded: Loaded, facts: Mapping[str, Any]) -> Marker:

@@ -74,11 +74,12 @@ def read_trace(path: Path, speedup: float) -> tuple[tuple[float, float], ...]:
             raise ValueError("it is too large")
         document: Any = json.loads(path.read_bytes())
         gap, held = float(document["metadata"]["gap_seconds"]), document["data"]
-        if gap <= 0 or not held or any(type(n) is not int or n < 0 for n in held):
+        sound = 0 < gap < math.inf and isinstance(held, list) and held
+        if not sound or any(type(n) is not int or n < 0 for n in held):
             raise ValueError("gap_seconds must be positive, data a list of numbers of nodes")
     except OSError as error:
         raise UsageError(f"--trace {path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(f"--trace {path}: not a recorded spot trace ({error})") from error
     stretches: list[tuple[float, float]] = []
     begun: float | None = None

@@ -7,7 +7,7 @@ optimizers keep the names of their parameters, so that moments never meet anothe
 
 from __future__ import annotations
 
-import random
+import re
 from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
@@ -17,12 +17,19 @@ import torch
 from torch import nn
 
 from runner.errors import RestoreError, UnknownName
-from runner.training.rng import capture_rng, generator_state, restore_rng, set_generator_state
+from runner.training.rng import (
+    GENERATOR_TYPES,
+    Generator,
+    capture_rng,
+    generator_state,
+    restore_rng,
+    set_generator_state,
+)
 from runner.training.tensors import TensorSink, TensorSource
 from runner.training.tree import Decoder, Encoder, Json, is_idle
 
 STATE_VERSION = 1
-_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,99}")  # the name of a file as well
 
 
 class Component(Protocol):
@@ -68,13 +75,15 @@ class Parameters:
 
 def component_for(name: str, target: Any, parameters: Parameters) -> Component:
     """The component for an object. TypeError if it is none that can be saved."""
+    if _NAME.fullmatch(name) is None:
+        raise TypeError(f"attach({name}=…): a name has ASCII letters, digits and _ only")
     if isinstance(target, nn.Module):
         module = ModuleComponent(name, target)
         parameters.modules.append(module)
         return module
     if isinstance(target, torch.optim.Optimizer):
         return OptimizerComponent(name, target, parameters)
-    if isinstance(target, _GENERATORS):
+    if isinstance(target, GENERATOR_TYPES):
         return GeneratorComponent(name, target)
     if callable(getattr(target, "state_dict", None)) and callable(
         getattr(target, "load_state_dict", None)
@@ -246,17 +255,17 @@ class GeneratorComponent:
 
     views = False
 
-    def __init__(self, name: str, generator: Any) -> None:
-        self._name, self._generator = name, generator
+    def __init__(self, name: str, generator: Generator) -> None:
+        self._name, self.generator = name, generator
 
     def encode(self, encoder: Encoder) -> Json:
-        return _encode_fields(encoder, self._name, generator_state(self._generator))
+        return _encode_fields(encoder, self._name, generator_state(self.generator))
 
     def restore(self, value: Any, *, final: bool) -> None:
         self.load(value)
 
     def load(self, value: Any) -> None:
-        set_generator_state(self._generator, value)
+        set_generator_state(self.generator, value)
 
 
 class ObjectComponent:
@@ -287,6 +296,12 @@ class TrainingState:
         self.components = {
             name: component_for(name, target, parameters) for name, target in stateful.items()
         }
+
+    @property
+    def generators(self) -> list[Generator]:
+        """The random generators that are components."""
+        parts = self.components.values()
+        return [part.generator for part in parts if isinstance(part, GeneratorComponent)]
 
     def encode(self, progress: Mapping[str, Any]) -> tuple[dict[str, Json], TensorSink]:
         """The content of `state.json`, and the live tensors that go beside it.

@@ -80,7 +80,7 @@ class Course:
         self.session, self.state, self.watch = session, state, watch
         self.place = Place()
         self.metrics = Metrics()
-        self.streams = Streams()
+        self.streams = Streams(state.generators)
         self.loop: Loop | None = None
         self.in_body = False
         self._best: list[float] = []

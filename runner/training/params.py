@@ -10,12 +10,24 @@ from runner.errors import UsageError
 
 PARAMS_VARIABLE = "RUNNER_PARAMS"
 
+_defaults: dict[str, Any] = {}  # of all calls in this process
+
 
 def params(**defaults: Any) -> dict[str, Any]:
     """The job's `params` over these defaults; without a supervisor, `RUNNER_PARAMS` over them.
 
-    Raises UsageError if `RUNNER_PARAMS` is no JSON object.
+    `run.params` has all of them later. Raises UsageError if `RUNNER_PARAMS` is no JSON object.
     """
+    _defaults.update(defaults)
+    return {**defaults, **_given()}
+
+
+def all_params() -> dict[str, Any]:
+    """The job's `params` over the defaults of every call of `params` before."""
+    return {**_defaults, **_given()}
+
+
+def _given() -> dict[str, Any]:
     text = os.environ.get(PARAMS_VARIABLE, "")
     try:
         given = json.loads(text) if text else {}
@@ -23,4 +35,4 @@ def params(**defaults: Any) -> dict[str, Any]:
         raise UsageError(f"{PARAMS_VARIABLE} is no JSON: {error}") from error
     if not isinstance(given, dict):
         raise UsageError(f"{PARAMS_VARIABLE} must be a JSON object, not {text[:40]!r}")
-    return {**defaults, **given}
+    return given

@@ -13,7 +13,7 @@ from runner.training.alone import open_alone
 from runner.training.capture import TrainingState
 from runner.training.course import Course
 from runner.training.loops import BatchLoop, EpochLoop, StepLoop
-from runner.training.params import params
+from runner.training.params import all_params
 from runner.training.session import SPOOL_VARIABLE, Session
 from runner.training.watch import OptimizerWatch
 
@@ -41,7 +41,7 @@ class Run:
         self._course = course
         self.state = state
         self.resumed_from = resumed_from
-        self.params: dict[str, Any] = params()
+        self.params: dict[str, Any] = all_params()
 
     @property
     def step(self) -> int:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from runner.training.loader import Stream
+from runner.training.rng import Generator, generator_state, set_generator_state
+from runner.training.samplers import generators_of
 
 
 @dataclass
@@ -25,9 +27,13 @@ class _Entry:
 
 
 class Streams:
-    """All loaders that a run has used, as a list that is the same in each of its attempts."""
+    """All loaders that a run has used, as a list that is the same in each of its attempts.
 
-    def __init__(self) -> None:
+    `generators` are the random generators that are saved by themselves.
+    """
+
+    def __init__(self, generators: Sequence[Generator] = ()) -> None:
+        self._generators = generators
         self._entries: list[_Entry] = []
 
     def begin_epoch(self) -> None:
@@ -67,7 +73,7 @@ class Streams:
         if wanted is not None:
             entry = self._entries[wanted]
             if entry.saved is not None:
-                stream.load_state(entry.saved)
+                self._load(stream, entry.saved)
             entry.stream = stream
             return wanted, entry
         for index, entry in enumerate(self._entries):
@@ -75,7 +81,7 @@ class Streams:
                 continue
             if entry.stream is None:
                 if not entry.renewed and entry.saved is not None:
-                    stream.load_state(entry.saved)
+                    self._load(stream, entry.saved)
                 entry.stream = stream
                 return index, entry
             if not entry.used:
@@ -83,3 +89,15 @@ class Streams:
                 return index, entry
         self._entries.append(_Entry(fingerprint, stream=stream))
         return len(self._entries) - 1, self._entries[-1]
+
+    def _load(self, stream: Stream, saved: Mapping[str, Any]) -> None:
+        """Give a loader its saved state, when the run comes to it for the first time.
+
+        A generator that others have as well has gone on since, and stays where it is.
+        """
+        live = [entry.stream.loader for entry in self._entries if entry.stream is not None]
+        shared = [*self._generators, *generators_of(*live)]
+        states = [generator_state(generator) for generator in shared]
+        stream.load_state(saved)
+        for generator, state in zip(shared, states, strict=True):
+            set_generator_state(generator, state)

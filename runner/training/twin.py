@@ -45,6 +45,7 @@ class LoaderSource(Source):
         self._seen: dict[str, Any] = {}
         self._passes = 0
         self._reseeded: list[bool] | None = None
+        self._announced = False
         """Which generators the script seeds anew for each pass; unknown before the second."""
 
     def fingerprint(self) -> dict[str, Any]:
@@ -87,7 +88,8 @@ class LoaderSource(Source):
             restore_rng(begin["rng"])
         self._refresh_twin()
         self._passes += 1
-        if self._passes == 1:
+        if not self._announced:
+            self._announced = True
             self._announce()
 
         if saved is None or self._iterable:
@@ -129,10 +131,16 @@ class LoaderSource(Source):
         self._generators().set(saved["generators"])
 
     def _lasting(self) -> dict[str, Any]:
-        return {"worker_seed": self._indices.worker_seed, "reseeded": self._reseeded}
+        return {
+            "worker_seed": self._indices.worker_seed,
+            "reseeded": self._reseeded,
+            "begun": self._passes > 0,
+        }
 
     def _load_lasting(self, saved: Mapping[str, Any]) -> None:
         self._indices.worker_seed, self._reseeded = saved["worker_seed"], saved["reseeded"]
+        # Whether there was a pass before this one decides what the next one looks at.
+        self._passes = max(self._passes, int(saved["begun"]))
 
     def _generators(self) -> Generators:
         return Generators(self.loader, index_sampler(self.loader))

@@ -78,7 +78,8 @@ def _is_spent(wrapper: Any) -> bool:
         return False
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        _, arguments, *handed_out = wrapper.__reduce__()
+        how_to_make_it: Any = wrapper.__reduce__()  # islice, (inner, next, stop, step), handed out
+    _, arguments, *handed_out = how_to_make_it
     stop = arguments[2] if len(arguments) == 4 else None
     return stop is not None and handed_out[0] >= stop
 

@@ -3,7 +3,7 @@
     python tests/bench/gpu.py [--gigabytes 10] [--json FILE]
 
 Needs this repository, torch, safetensors and numpy, and nothing else. The state is a bf16 model
-with fp32 master weights and AdamW: 14 bytes for each weight. `--device cpu` tries the script itself.
+with fp32 master weights and AdamW: 14 bytes for each weight. `--device cpu` tries the script.
 """
 
 from __future__ import annotations
