@@ -167,19 +167,7 @@ def set_up(seed: int) -> torch.device:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-    settle_kernels()
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def settle_kernels() -> None:
-    """Call MKL's vector functions once from one thread, so that all processes get the same bits.
-
-    MKL picks the variant of a function at its first use. When two threads come to that together,
-    one of them may compute with another variant: on two cores, the first `tanh` of the attention
-    differed in its last bits in 11 of 110 processes, and in none of 110 after this.
-    """
-    for function in (torch.tanh, torch.exp, torch.log, torch.sqrt):
-        function(torch.ones(1))
 
 
 def schedules(

@@ -7,9 +7,11 @@ optimizers keep the names of their parameters, so that moments never meet anothe
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections import deque
 from collections.abc import Iterator, Mapping
+from itertools import zip_longest
 from typing import Any, Protocol
 
 import numpy as np
@@ -41,8 +43,14 @@ class Component(Protocol):
     def encode(self, encoder: Encoder) -> Json:
         """The state as JSON; its tensors go to the encoder, live and not copied."""
 
+    def check(self, saved: Json, source: TensorSource, *, final: bool) -> None:
+        """RestoreError if a state does not fit, as far as that can be seen before it is put back.
+
+        Nothing is changed, and no tensor is copied.
+        """
+
     def restore(self, value: Any, *, final: bool) -> None:
-        """Put a state back. RestoreError before anything is changed if it does not fit.
+        """Put a state back that fits.
 
         `final` is False at `attach`, and True when the loop has come back to the saved place.
         """
@@ -110,6 +118,16 @@ class ModuleComponent:
         in_eval = [self._canonical(n) for n, m in self.module.named_modules() if not m.training]
         return {"state": encoder.encode(saved, self.name), "frozen": frozen, "eval": in_eval}
 
+    def check(self, saved: Json, source: TensorSource, *, final: bool) -> None:
+        state, live = Decoder(source.view).decode(saved["state"]), self._live()
+        missing = [name for name in live if name not in state]
+        extra = [name for name in state if name not in live]
+        if missing or extra:
+            which = f"{missing[0]!r} is not in it" if missing else f"only it has {extra[0]!r}"
+            raise RestoreError(f"{self.name} does not fit the checkpoint: {which}")
+        for name, (_, value) in live.items():
+            self._check(name, state[name], value)
+
     def restore(self, value: Any, *, final: bool) -> None:
         self.load(value)
         frozen, in_eval = set(value["frozen"]), set(value["eval"])
@@ -120,17 +138,13 @@ class ModuleComponent:
             module.training = self._canonical(name) not in in_eval
 
     def load(self, value: Any) -> None:
-        saved, live = value["state"], self.module.state_dict()
-        by_name = {self._canonical(key): key for key in live}
-        missing = [name for name in by_name if name not in saved]
-        extra = [name for name in saved if name not in by_name]
-        if missing or extra:
-            which = f"{missing[0]!r} is not in it" if missing else f"only it has {extra[0]!r}"
-            raise RestoreError(f"{self.name} does not fit the checkpoint: {which}")
-        for name, key in by_name.items():
-            self._check(name, saved[name], live[key])
-            live[key] = saved[name]
-        self.module.load_state_dict(live)
+        saved = value["state"]
+        self.module.load_state_dict({key: saved[name] for name, (key, _) in self._live().items()})
+
+    def _live(self) -> dict[str, tuple[str, Any]]:
+        """By the saved name: the name now, with all wrappers, and the value."""
+        state = self.module.state_dict()
+        return {self._canonical(key): (key, value) for key, value in state.items()}
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Every parameter with its name, a tied one under each of its names."""
@@ -138,7 +152,7 @@ class ModuleComponent:
             yield self._canonical(name), parameter
 
     def _check(self, name: str, saved: Any, live: Any) -> None:
-        if not isinstance(live, torch.Tensor):
+        if not isinstance(live, torch.Tensor) or nn.parameter.is_lazy(live):
             return
         if not isinstance(saved, torch.Tensor):
             raise RestoreError(f"{self.name}.{name} was no tensor when it was saved")
@@ -185,18 +199,24 @@ class OptimizerComponent:
         saved = dict(self._optimizer.state_dict()) | {"parameters": self._parameters()}
         return _encode_fields(encoder, self._name, saved)
 
+    def check(self, saved: Json, source: TensorSource, *, final: bool) -> None:
+        if final or not self._lacks_groups(saved):
+            self._check_parameters(saved["parameters"], may_add=final)
+
     def restore(self, value: Any, *, final: bool) -> None:
-        if len(self._optimizer.param_groups) < len(value["parameters"]):
+        if self._lacks_groups(value):
             if not final:
                 return  # the script may add the group itself on its way to the saved place
             self._add_groups(value)
         self.load(value)
 
     def load(self, value: Any) -> None:
-        self._check_parameters(value["parameters"])
         saved = {key: content for key, content in value.items() if key != "parameters"}
         self._optimizer.load_state_dict(saved)
-        self._keep_dtypes(saved["state"])
+        self._put_back_as_saved(saved["state"])
+
+    def _lacks_groups(self, saved: Mapping[str, Any]) -> bool:
+        return len(self._optimizer.param_groups) < len(saved["parameters"])
 
     def _parameters(self) -> list[list[str]]:
         names = self._registered.names()
@@ -205,8 +225,10 @@ class OptimizerComponent:
             for group in self._optimizer.param_groups
         ]
 
-    def _check_parameters(self, saved: list[list[str]]) -> None:
+    def _check_parameters(self, saved: list[list[str]], *, may_add: bool) -> None:
         live = self._parameters()
+        if may_add and len(live) < len(saved):
+            live += self._groups_to_add(saved)
         if len(saved) != len(live):
             raise RestoreError(
                 f"{self._name} had {len(saved)} parameter groups and has {len(live)} now"
@@ -222,23 +244,29 @@ class OptimizerComponent:
                         "its state would meet another parameter"
                     )
 
-    def _add_groups(self, value: Any) -> None:
-        """Add the groups that the saved optimizer got on its way, by their parameters' names."""
+    def _groups_to_add(self, saved: list[list[str]]) -> list[list[str]]:
+        """The names of the groups that the saved optimizer got on its way."""
         registered = self._registered.named()
-        for group in range(len(self._optimizer.param_groups), len(value["parameters"])):
-            names = value["parameters"][group]
+        added = saved[len(self._optimizer.param_groups) :]
+        for group, names in enumerate(added, len(self._optimizer.param_groups)):
             unknown = [name for name in names if name not in registered]
             if unknown:
                 raise RestoreError(
                     f"{self._name}.param_groups[{group}] was added while the run went on, and "
                     f"{unknown[0]} belongs to no registered module"
                 )
+        return added
+
+    def _add_groups(self, value: Any) -> None:
+        registered, begin = self._registered.named(), len(self._optimizer.param_groups)
+        for group, names in enumerate(self._groups_to_add(value["parameters"]), begin):
             options = {k: v for k, v in value["param_groups"][group].items() if k != "params"}
             params = [registered[name] for name in names]
             self._optimizer.add_param_group({"params": params, **options})
 
-    def _keep_dtypes(self, saved: Mapping[int, Any]) -> None:
-        """`Optimizer.load_state_dict` casts state to the parameter's dtype: undo it where it did.
+    def _put_back_as_saved(self, saved: Mapping[int, Any]) -> None:
+        """`Optimizer.load_state_dict` casts state to the parameter's dtype, and takes a string for
+        a collection: undo it.
 
         Source: `_process_value_according_to_param_policy` in torch/optim/optimizer.py.
         """
@@ -246,8 +274,23 @@ class OptimizerComponent:
         for index, entries in saved.items():
             live = self._optimizer.state[parameters[index]]
             for key, value in entries.items() if isinstance(entries, dict) else ():
-                if isinstance(value, torch.Tensor) and live[key].dtype != value.dtype:
-                    live[key] = value.to(live[key].device)
+                if key in live:
+                    live[key] = _placed(value, live[key])
+
+
+def _placed(saved: Any, live: Any) -> Any:
+    """The saved value, its tensors on the devices where those of `live` are."""
+    if isinstance(saved, torch.Tensor):
+        return saved.to(live.device) if isinstance(live, torch.Tensor) else saved
+    if isinstance(saved, dict):
+        for key, value in saved.items():
+            saved[key] = _placed(value, live.get(key) if isinstance(live, dict) else None)
+        return saved
+    if isinstance(saved, list | tuple | deque):
+        others = live if isinstance(live, list | tuple | deque) else ()
+        placed = [_placed(one, other) for one, other in zip_longest(saved, others)]
+        return deque(placed, saved.maxlen) if isinstance(saved, deque) else type(saved)(placed)
+    return saved
 
 
 class GeneratorComponent:
@@ -260,6 +303,9 @@ class GeneratorComponent:
 
     def encode(self, encoder: Encoder) -> Json:
         return _encode_fields(encoder, self._name, generator_state(self.generator))
+
+    def check(self, saved: Json, source: TensorSource, *, final: bool) -> None:
+        """Whether it fits is seen when it is set."""
 
     def restore(self, value: Any, *, final: bool) -> None:
         self.load(value)
@@ -278,6 +324,9 @@ class ObjectComponent:
 
     def encode(self, encoder: Encoder) -> Json:
         return _encode_fields(encoder, self._name, self._target.state_dict())
+
+    def check(self, saved: Json, source: TensorSource, *, final: bool) -> None:
+        """Only the object itself knows what fits."""
 
     def restore(self, value: Any, *, final: bool) -> None:
         self.load(value)
@@ -328,7 +377,10 @@ class TrainingState:
             where = "the checkpoint, not in" if odd[0] in saved else "no checkpoint, only in"
             raise RestoreError(f"component {odd[0]!r} is in {where} attach(…) of this script")
         for name, part in self.components.items():
-            part.restore(_decoder(part, source).decode(saved[name]), final=final)
+            part.check(saved[name], source, final=final)
+        for name, part in self.components.items():
+            with _naming(name):
+                part.restore(_decoder(part, source).decode(saved[name]), final=final)
         put_into(self.values, Decoder(source.own).decode(document["state"]))
         self._idle.restored(document["rng"])
         restore_rng(Decoder(source.own).decode(document["rng"]))
@@ -338,9 +390,13 @@ class TrainingState:
         for name in names:
             if name not in self.components or name not in document["components"]:
                 raise UnknownName("component", name, list(document["components"]))
+        saved = document["components"]
+        for name in names:
+            self.components[name].check(saved[name], source, final=True)
         for name in names:
             part = self.components[name]
-            part.load(_decoder(part, source).decode(document["components"][name]))
+            with _naming(name):
+                part.load(_decoder(part, source).decode(saved[name]))
 
 
 class _Idle:
@@ -378,6 +434,16 @@ class _Idle:
         if isinstance(tree, list) and len(tree) < 100:
             return [self._marked(value) for value in tree]
         return tree
+
+
+@contextlib.contextmanager
+def _naming(component: str) -> Iterator[None]:
+    """Whatever an object raises while it is loaded says which one it is."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error) if isinstance(error, RestoreError) else repr(error)
+        raise RestoreError(f"{component} did not take its saved state: {reason}") from error
 
 
 def put_into(live: Any, saved: Any) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 from runner.training.alone import open_alone
 from runner.training.capture import TrainingState
 from runner.training.course import Course
+from runner.training.kernels import settle_kernels
 from runner.training.loops import BatchLoop, EpochLoop, StepLoop
 from runner.training.params import all_params
 from runner.training.session import SPOOL_VARIABLE, Session
@@ -174,6 +175,7 @@ def attach(*, state: dict[Any, Any] | None = None, **stateful: Any) -> Run:
     values: dict[Any, Any] = {} if state is None else state
     training_state = TrainingState(stateful, values)
     spool = os.environ.get(SPOOL_VARIABLE)
+    settle_kernels()
     watch = OptimizerWatch(stateful.values())
     session = (
         Session(Path(spool), supervised=True, optimizers=watch.optimizers)

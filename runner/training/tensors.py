@@ -70,7 +70,7 @@ class TensorSink:
         if place is None:
             tensors = self.files.setdefault(file, {})
             name = _PATH_STEP.sub(r".\2", path[len(component) :]).lstrip(".") or component
-            while name in tensors:
+            while name in tensors or name == "__metadata__":  # a word of the format's own
                 name += "_"
             tensors[name] = tensor
             place = self._seen[key] = {"file": file, "name": name}
@@ -168,8 +168,8 @@ def _check(tensor: torch.Tensor, path: str) -> None:
     problem = None
     if tensor.is_meta:
         problem = "is a tensor without data (device meta)"
-    elif tensor.layout is not torch.strided or tensor.is_quantized:
-        problem = f"is a {tensor.layout} or quantized tensor, which has no plain bytes"
+    elif tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
+        problem = f"is a {tensor.layout}, quantized or nested tensor, which has no plain bytes"
     elif type(tensor) not in (torch.Tensor, torch.nn.Parameter) and not isinstance(
         tensor, getattr(torch.nn, "Buffer", ())
     ):

@@ -12,10 +12,11 @@ import base64
 import datetime as dt
 import math
 import struct
+import warnings
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Mapping
-from pathlib import Path, PosixPath, PurePath, PurePosixPath, PureWindowsPath
-from typing import Any
+from pathlib import Path, PosixPath, PurePosixPath, PureWindowsPath
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -46,7 +47,7 @@ class Encoder:
         if value is None or kind is str or kind is bool:
             return value
         if kind is int:
-            return value if -_SAFE_INT < value < _SAFE_INT else {"$": "int", "v": str(value)}
+            return value if -_SAFE_INT < value < _SAFE_INT else {"$": "int", "v": hex(value)}
         if kind is float:
             return value if math.isfinite(value) else {"$": "float", "v": _float_bits(value)}
         if kind is list:
@@ -59,8 +60,9 @@ class Encoder:
         if encode is not None:
             return encode(self, value, path, depth)
         if isinstance(value, np.generic):
-            return {"$": "numpy", "dtype": value.dtype.str, "v": _base64(value.tobytes())}
-        if isinstance(value, PurePath):
+            dtype = _dtype_description(value.dtype, path)
+            return {"$": "numpy", "dtype": dtype, "v": _base64(value.tobytes())}
+        if kind in _PATHS.values():
             return {"$": "path", "type": kind.__name__, "v": str(value)}
         raise CaptureError(
             path,
@@ -77,7 +79,7 @@ class Encoder:
         return [
             [
                 self.encode(k, f"a key of {path}", depth + 1),
-                self.encode(v, f"{path}[{k!r}]", depth + 1),
+                self.encode(v, f"{path}[{_repr(k)}]", depth + 1),
             ]
             for k, v in value.items()
         ]
@@ -105,19 +107,19 @@ class Encoder:
         if (
             value.nbytes > _INLINE_ARRAY_BYTES
             and value.dtype.isnative
-            and value.dtype.kind in "biuf"
+            and value.dtype.kind in "biufc"
         ):
             try:
-                tensor = torch.from_numpy(np.ascontiguousarray(value))
+                return {"$": "array", "v": self._tensor(_as_tensor(value), path)}
             except TypeError:
                 pass  # a dtype that torch does not have
-            else:
-                return {"$": "array", "v": self._tensor(tensor.reshape(value.shape), path)}
+        order: Literal["C", "F"] = "F" if value.flags.fnc else "C"
         return {
             "$": "ndarray",
-            "dtype": _dtype_description(value.dtype),
+            "dtype": _dtype_description(value.dtype, path),
             "shape": list(value.shape),
-            "v": _base64(np.ascontiguousarray(value).tobytes()),
+            "order": order,
+            "v": _base64(value.tobytes(order)),
         }
 
 
@@ -179,7 +181,7 @@ class Decoder:
 _STATE = "state.json"
 _PATHS = {cls.__name__: cls for cls in (Path, PosixPath, PurePosixPath, PureWindowsPath)}
 _DECODERS: dict[str, Callable[[Decoder, dict[str, Any]], Any]] = {
-    "int": lambda d, t: int(t["v"]),
+    "int": lambda d, t: int(t["v"], 0),
     "float": lambda d, t: _float_from_bits(t["v"]),
     "complex": lambda d, t: complex(*map(_float_from_bits, t["v"])),
     "tuple": lambda d, t: tuple(d._decode(t["v"])),
@@ -200,10 +202,8 @@ _DECODERS: dict[str, Callable[[Decoder, dict[str, Any]], Any]] = {
     "time": lambda d, t: _with_fold(dt.time.fromisoformat(t["v"]), t),
     "timedelta": lambda d, t: dt.timedelta(*t["v"]),
     "path": lambda d, t: _PATHS[t["type"]](t["v"]),
-    "numpy": lambda d, t: np.frombuffer(base64.b64decode(t["v"]), np.dtype(t["dtype"]))[0],
-    "ndarray": lambda d, t: (
-        np.frombuffer(base64.b64decode(t["v"]), _dtype_from(t["dtype"])).reshape(t["shape"]).copy()
-    ),
+    "numpy": lambda d, t: _array_from(t["v"], t["dtype"], [])[()],
+    "ndarray": lambda d, t: _array_from(t["v"], t["dtype"], t["shape"], t["order"]),
     "dtype": lambda d, t: torch_dtype(t["v"]),
     "device": lambda d, t: torch.device(t["v"]),
 }
@@ -243,6 +243,13 @@ def first_difference(before: Json, after: Json, path: str) -> str | None:
     return None if same else f"{path}: {_short(before)} became {_short(after)}"
 
 
+def _repr(key: Any) -> str:
+    try:
+        return repr(key)
+    except ValueError:  # an int of more than 4,300 digits
+        return "…"
+
+
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "…"
@@ -277,11 +284,51 @@ def _with_fold(value: Any, tree: dict[str, Any]) -> Any:
     return value.replace(fold=tree["fold"])
 
 
-def _dtype_description(dtype: np.dtype[Any]) -> Json:
-    return dtype.str if dtype.names is None else [list(field) for field in dtype.descr]
+def _as_tensor(value: np.ndarray[Any, Any]) -> torch.Tensor:
+    """The same memory where torch can have it, strided as it is."""
+    if any(stride < 0 or stride % value.itemsize for stride in value.strides):
+        value = np.ascontiguousarray(value)
+    if value.flags.writeable:
+        return torch.from_numpy(value)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # it is only read
+        return torch.from_numpy(value)
+
+
+def _array_from(
+    content: str, description: Json, shape: list[int], order: Literal["C", "F"] = "C"
+) -> np.ndarray[Any, Any]:
+    dtype, raw = _dtype_from(description), base64.b64decode(content, validate=True)
+    if dtype.itemsize == 0:  # an empty string
+        return np.zeros(shape, dtype)
+    if len(raw) != dtype.itemsize * math.prod(shape):
+        raise ValueError(f"{len(raw)} bytes for an array of {shape} {dtype}")
+    return np.ndarray(shape, dtype, bytearray(raw) or None, order=order)
+
+
+def _dtype_description(dtype: np.dtype[Any], path: str) -> Json:
+    if dtype.names is None:
+        return dtype.str
+    try:
+        return dtype.descr
+    except ValueError as error:
+        raise CaptureError(path, f"is of a dtype that cannot be saved: {error}") from error
 
 
 def _dtype_from(description: Json) -> np.dtype[Any]:
+    dtype: np.dtype[Any] = np.lib.format.descr_to_dtype(_fields_from(description))
+    return dtype
+
+
+def _fields_from(description: Json) -> Any:
+    """What JSON has made lists of: fields (name or title and name, dtype, maybe a shape)."""
     if isinstance(description, str):
-        return np.dtype(description)
-    return np.dtype([tuple(tuple(p) if isinstance(p, list) else p for p in f) for f in description])
+        return description
+    return [
+        (
+            tuple(name) if isinstance(name, list) else name,
+            _fields_from(inner),
+            *(tuple(extents) for extents in shape),
+        )
+        for name, inner, *shape in description
+    ]
