@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import functools
+import io
 import json
 import math
 import pickle
 import struct
+import sys
 import warnings
 from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
 from collections.abc import Callable, Iterator
@@ -42,6 +45,7 @@ from tests.harness import PREEMPT, Life, Stage, Strike
 from tests.slots import memory_folder
 
 Parts = dict[str, Any]
+c_unpickler = pickle.Unpickler
 
 
 # ---------------------------------------------------------------- two attempts
@@ -887,7 +891,7 @@ def decode(tree: Any) -> Any:
     return Decoder(_no_tensors).decode(tree)
 
 
-INTS = st.integers() | st.sampled_from([2**53, -(2**53), 2**64, 10**30, -(7**6000)])
+INTS = st.integers() | st.sampled_from([2**53, -(2**53), 2**64, 10**30, -(7**60)])
 FLOATS = st.floats() | st.integers(0, 2**64 - 1).map(
     lambda raw: struct.unpack(">d", struct.pack(">Q", raw))[0]
 )
@@ -944,6 +948,11 @@ VALUES = st.recursive(
 def test_plain_values_come_back_with_their_types_and_bits(value: Any) -> None:
     text = json.dumps(encode(value), allow_nan=False)
     assert bits(decode(json.loads(text))) == bits(value)
+
+
+def test_integers_of_any_size_come_back_as_values_and_as_keys() -> None:
+    huge = -(7**6000)  # more digits than Python turns into decimals
+    assert bits(carried({huge: [huge]})) == bits({huge: [huge]})
 
 
 ARRAYS: dict[str, np.ndarray[Any, Any]] = {
@@ -1060,14 +1069,43 @@ class Digits(Dataset[torch.Tensor]):
         return torch.full((3,), float(index)) + torch.rand(3)
 
 
-def test_nothing_is_pickled(monkeypatch: pytest.MonkeyPatch) -> None:
+class PickleUsed(Exception):
+    pass
+
+
+@functools.cache
+def _audited() -> list[bool]:
+    """Its one entry says whether an unpickler may look for a class. A hook cannot be removed."""
+    refusing = [False]
+
+    def on_event(event: str, _: Any) -> None:
+        if refusing[0] and event == "pickle.find_class":
+            raise PickleUsed(event)
+
+    sys.addaudithook(on_event)
+    return refusing
+
+
+@contextlib.contextmanager
+def no_pickle() -> Iterator[None]:
+    """Whoever writes or reads a pickle in here gets an exception."""
+
     def refuse(*_: Any, **__: Any) -> Any:
-        raise AssertionError("pickle was used")
+        raise PickleUsed
 
-    class Refusing:
-        def __init__(self, *_: Any, **__: Any) -> None:
-            refuse()
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (torch, pickle):
+            for name in ("save", "load", "dump", "dumps", "loads", "Pickler", "Unpickler"):
+                if hasattr(module, name):
+                    patch.setattr(module, name, refuse)
+        _audited()[0] = True
+        try:
+            yield
+        finally:
+            _audited()[0] = False
 
+
+def test_nothing_is_pickled() -> None:
     def script(life: Life) -> None:
         net = model()
         optimizer = torch.optim.AdamW(net.parameters())
@@ -1076,34 +1114,37 @@ def test_nothing_is_pickled(monkeypatch: pytest.MonkeyPatch) -> None:
         ema = AveragedModel(net)
         loader = DataLoader(Digits(), batch_size=2, shuffle=True)
         parts = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler, "ema": ema}
-        with monkeypatch.context() as patch:
-            for module in (torch, pickle, torch.serialization.pickle):
-                for name in ("save", "load", "dump", "dumps", "loads", "Pickler", "Unpickler"):
-                    if hasattr(module, name):
-                        patch.setattr(module, name, Refusing if name[0] in "PU" else refuse)
-            run = runner.attach(model=net, **parts)
-            run.state["values"] = [torch.rand(2), np.arange(5000), {1: (2, 3)}]
-            for epoch in run.epochs(2):
-                for batch in run.batches(loader):
-                    net(batch).sum().backward()
-                    life.here("body")
-                    optimizer.step()
-                    optimizer.zero_grad()
-                scheduler.step()
-                run.log(epoch_number=epoch)
-            run.load("latest")
+        run = runner.attach(model=net, **parts)
+        run.state["values"] = [torch.rand(2), np.arange(5000), {1: (2, 3)}]
+        for epoch in run.epochs(2):
+            for batch in run.batches(loader):
+                net(batch).sum().backward()
+                life.here("body")
+                optimizer.step()
+                optimizer.zero_grad()
+            scheduler.step()
+            run.log(epoch_number=epoch)
+        run.load("latest")
 
-    with memory_folder() as folder:
+    with memory_folder() as folder, no_pickle():
         stage = Stage(folder)
         stage.play(script, [strike_in_step(2), strike_in_step(2)])
         assert len(stage.lives) == 3
 
 
-def test_pickle_would_have_been_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The other half of the test above: `copy.deepcopy` and torch go another way."""
-    monkeypatch.setattr(pickle, "dumps", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        pickle.dumps(1)
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda path: torch.save({}, path),
+        lambda path: torch.load(path),
+        lambda _: pickle.loads(pickle.dumps(1)),  # noqa: S301
+        lambda _: c_unpickler(io.BytesIO(b"cmath\nsin\n.")).load(),
+    ],
+    ids=["torch.save", "torch.load", "pickle", "an unpickler that was imported before"],
+)
+def test_a_pickle_would_have_been_noticed(use: Callable[[Path], Any], tmp_path: Path) -> None:
+    with no_pickle(), pytest.raises(PickleUsed):
+        use(tmp_path / "x")
 
 
 # ---------------------------------------------------------------- streams that nobody uses

@@ -530,7 +530,9 @@ def test_a_spool_that_was_open_to_others_is_closed_to_them(tmp_path: Path) -> No
     path.mkdir()
     path.chmod(0o777)
 
-    Spool(path).open()
+    spool = Spool(path)
+    spool.open()
+    spool.close()
 
     assert stat.S_IMODE(path.stat().st_mode) == 0o700
 
@@ -597,6 +599,8 @@ def test_the_lock_of_a_supervisor_that_was_killed_is_free(
 
     child = children.start(hold)
     assert os.read(ready, 1) == b"x"
+    os.close(ready)
+    os.close(tell)
     spool = Spool(path)
     with pytest.raises(SpoolTaken):
         spool.open()

@@ -10,9 +10,27 @@ from __future__ import annotations
 import torch
 
 # Those that torch hands to MKL on the CPU. Source: aten/src/ATen/cpu/vml.h
-_VECTOR_FUNCTIONS = (
-    "acos asin atan cos cosh erf erfc erfinv exp expm1 log log10 log1p log2 sin sinh sqrt tan tanh"
-).split()
+_VECTOR_FUNCTIONS = [
+    "acos",
+    "asin",
+    "atan",
+    "cos",
+    "cosh",
+    "erf",
+    "erfc",
+    "erfinv",
+    "exp",
+    "expm1",
+    "log",
+    "log10",
+    "log1p",
+    "log2",
+    "sin",
+    "sinh",
+    "sqrt",
+    "tan",
+    "tanh",
+]
 
 
 def settle_kernels() -> None:

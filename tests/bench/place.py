@@ -92,7 +92,8 @@ class Place:
         """What is started here inherits this."""
         spool = self.memory / "spool"
         spool.mkdir(exist_ok=True, mode=0o700)
-        inherited = {name: v for name, v in os.environ.items() if not name.startswith("PYTHON")}
+        forbids = "PYTHONDONTWRITEBYTECODE"
+        inherited = {name: value for name, value in os.environ.items() if name != forbids}
         return inherited | {
             HOME_VARIABLE: str(self.disk / "home"),
             SPOOL_ROOT_VARIABLE: str(spool),

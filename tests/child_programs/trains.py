@@ -37,6 +37,12 @@ def wait_at_gate(alive: Any = None) -> None:
             alive()
 
 
+def wait_until_saved(run: Any) -> None:
+    record = run.output_dir.parent / "attempts" / f"{run.attempt:06d}.json"
+    while json.loads(record.read_text())["saved_step"] is None:
+        time.sleep(0.001)
+
+
 def hang_for_ever() -> None:
     threading.Event().wait()
 
@@ -45,6 +51,8 @@ def befall(what: str, run: Any) -> None:
     """Something happens in the middle of a step."""
     if what == "save":
         run.save()
+    elif what == "be saved":
+        wait_until_saved(run)
     elif what == "wait":
         wait_at_gate()
     elif what == "raise":

@@ -142,7 +142,8 @@ def test_a_supervisor_that_does_not_make_it_is_killed_with_everything(
 def test_a_kill_that_takes_the_memory_along_costs_the_steps_since_the_last_save(
     node: Node, undisturbed: Report
 ) -> None:
-    job = node.training(params={"befalls": {"1": {"2": "save", "6": "freeze supervisor"}}})
+    befalls = {"2": "save", "5": "be saved", "6": "freeze supervisor"}
+    job = node.training(params={"befalls": {"1": befalls}})
 
     report = simulate(node, job, "--preempt", "step=6", "--grace", "1s", "--lose-disk")
 
