@@ -304,7 +304,9 @@ def stop(name: RunName, store: StoreOption = None) -> None:
     while found.is_live():
         time.sleep(0.05)
     after = status_of(found)
-    typer.echo(f"{after['phase']} at step {after['step']}, saved at step {after['saved_step']}")
+    saved = after["saved_step"]
+    what = "nothing is saved" if saved is None else f"saved at step {saved}"
+    typer.echo(f"{after['phase']} at step {after['step']}, {what}")
 
 
 @app.command()

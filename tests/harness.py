@@ -35,7 +35,7 @@ import torch
 from runner import Preempted
 from runner.checkpoint.archive import Archive
 from runner.checkpoint.attempts import Ledger
-from runner.checkpoint.keeper import Keeper
+from runner.checkpoint.keeper import Keeper, Origin
 from runner.checkpoint.manifest import Manifest
 from runner.checkpoint.persist import Persister
 from runner.checkpoint.retention import Keep
@@ -123,6 +123,7 @@ class Stage:
         _settle_garbage()
         torch.set_num_threads(1)
         self.params: dict[str, Any] = {}
+        self.origin: Origin | None = None
         self.options = {"snapshot_steps": 1, **options}
         self.folder = folder
         self.store = DirectoryStore(folder / "store")
@@ -159,8 +160,8 @@ class Stage:
             self.archive,
             best=None if best is None else (best.metric, best.mode),
         )
-        resumption = keeper.restore()
-        if resumption is not None:
+        resumption = keeper.restore(origin=self.origin)
+        if resumption is not None and self.archive.names():
             self.ledger.update(resumed_from=str(resumption.moment.name))
         plan = Plan(
             RUN_ID,

@@ -16,6 +16,7 @@ import pickle
 import struct
 import sys
 import warnings
+import weakref
 from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
 from collections.abc import Callable, Iterator
 from enum import IntEnum
@@ -300,6 +301,38 @@ def test_moments_in_another_precision_than_their_parameters_stay_so() -> None:
     state = next(iter(after.optimizer.state.values()))
     assert state["moment"].dtype == state["nested"]["of"][0].dtype == torch.float32
     assert bits(after.optimizer.state_dict()) == bits(before.optimizer.state_dict())
+
+
+def test_no_more_than_two_copies_of_the_moments_are_alive_in_a_restore() -> None:
+    """What was restored at attach is let go when it is put in place for good."""
+
+    class Witness:
+        """Loaded after the optimizer, so that one has the new moments then."""
+
+        moment: Callable[[], Any] = staticmethod(lambda: None)
+
+        def state_dict(self) -> dict[str, Any]:
+            return {}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            alive.append(self.moment() is not None)
+
+    alive: list[bool] = []
+
+    def script(life: Life) -> None:
+        net, witness = model(), Witness()
+        optimizer = torch.optim.AdamW(net.parameters())
+        run = runner.attach(model=net, optimizer=optimizer, witness=witness)
+        if life.attempt > 1:
+            witness.moment = weakref.ref(optimizer.state[net[0].weight]["exp_avg"])
+            assert witness.moment() is not None
+        for _ in run.steps(2):
+            step(net, optimizer)
+            life.here("body")
+
+    with memory_folder() as folder:
+        Stage(folder).play(script, [strike_in_step(1)])
+    assert alive == [False, False]
 
 
 def test_a_model_with_its_parameters_in_another_order_is_refused() -> None:
@@ -712,6 +745,7 @@ def of_dtype(dtype: torch.dtype, *shape: int) -> torch.Tensor:
     return raw.view(dtype).reshape(shape)
 
 
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 def test_tensors_of_every_dtype_come_back_bit_for_bit() -> None:
     values = {
         f"{dtype} {shape}": of_dtype(dtype, *shape)

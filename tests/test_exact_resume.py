@@ -8,11 +8,11 @@ last checkpoint must be that of the undisturbed run.
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,11 +27,16 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import runner
+from runner.checkpoint.keeper import Origin
 from runner.errors import CaptureError, RestoreError, SpoolTaken, UnknownName
 from runner.plan import BestMetric
 from runner.training import course as course_module
 from tests.harness import INTERRUPT, KILL, PREEMPT, Life, Played, Script, Stage, Strike
 from tests.slots import memory_folder
+
+# The first step of `everything` is skipped by its scaler, and other scripts step theirs on purpose
+# where it is put back.
+pytestmark = pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler.step")
 
 FEATURES = 3
 BATCH = 4
@@ -251,11 +256,17 @@ def test_it_does_not_matter_how_many_workers_load_the_data(
         stage = Stage(folder)
         stage.facts = dict(undisturbed[2])
 
-        played = stage.play(
-            lambda life: everything(life, workers[life.attempt > 1]), [Strike("body", 3)]
-        )
+        def script(life: Life) -> Any:
+            try:
+                return everything(life, workers[life.attempt > 1])
+            except runner.Preempted:
+                life.trace.append(multiprocessing.active_children())
+                raise
+
+        played = stage.play(script, [Strike("body", 3)])
 
         assert len(played.lives) == 2
+        assert played.lives[0].trace == [[]], "the workers end when the state is saved"
         assert (played.digest, played.result) == undisturbed[:2]
 
 
@@ -848,8 +859,11 @@ def test_gradients_carried_into_the_next_epoch_put_its_boundary_off() -> None:
                 if count[0] % 3 == 0:
                     kit.optimizer.step()
                     kit.optimizer.zero_grad()
-        return run.step
+            run.log(val=1.0)
+            run.log(val=2.0)
+        return run.step, [record["val"] for record in run.history]
 
+    assert play(script).result == (4, [2.0, 2.0, 2.0])
     assert_exact_wherever(script)
 
 
@@ -870,6 +884,27 @@ def test_what_is_zeroed_in_place_is_not_gathered() -> None:
         return run.step
 
     assert play(script).result == EPOCHS * BATCHES
+    assert_exact_wherever(script)
+
+
+def test_a_run_that_is_stopped_while_gradients_are_gathered_ends_at_the_next_boundary() -> None:
+    def script(life: Life) -> Any:
+        kit = Kit(life)
+        run = kit.attach()
+        for i, batch in enumerate(run.batches(kit.loader, steps=9, accumulate=2)):
+            kit.loss(batch).backward()
+            life.here("body")
+            if i == 4:
+                run.stop("enough")
+            if i % 2:
+                kit.optimizer.step()
+                kit.optimizer.zero_grad()
+            life.trace.append(i)
+        return run.step
+
+    played = play(script)
+    assert (played.result, played.lives[0].trace) == (3, [0, 1, 2, 3, 4, 5])
+    assert played.newest.moment.triggers == ("final",)
     assert_exact_wherever(script)
 
 
@@ -1298,6 +1333,59 @@ def test_the_best_checkpoint_can_be_loaded_into_the_live_objects() -> None:
         assert loaded.metrics["val"] == 0.1
 
 
+def test_a_run_may_begin_with_some_components_of_another_one() -> None:
+    def script(life: Life) -> Any:
+        kit = Kit(life)
+        run = kit.attach()
+        begun = run.step, run.resumed_from, kit.model[0].weight.tolist()
+        moments = len(kit.optimizer.state)
+        for batch in run.batches(kit.loader, steps=3):
+            kit.train(batch, run.step)
+        return begun, moments, kit.model[0].weight.tolist()
+
+    with memory_folder() as folder:
+        first = Stage(folder / "first")
+        learned = first.play(script).result[2]
+        second = Stage(folder / "second")
+        second.origin = Origin(first.archive, "latest", ("model",))
+        undisturbed = second.play(script)
+        assert undisturbed.result[:2] == ((0, None, learned), 0)
+
+        struck = Stage(folder / "third")
+        struck.origin, struck.facts = second.origin, dict(second.facts)
+        played = struck.play(script, [Strike("body", 2)])
+        assert played.lives[1].trace == [2]
+        assert played.digest == undisturbed.digest
+
+
+def test_streams_that_a_script_neither_seeds_nor_uses_do_not_count() -> None:
+    """They begin at another place in each process; what is equal apart from them is equal."""
+    begin = itertools.count()
+
+    def script(life: Life) -> None:
+        kit = Kit(life)
+        random.seed(f"process {next(begin)}")
+        np.random.seed(next(begin))
+        loader = DataLoader(range(8), batch_size=2, shuffle=True)
+        run = kit.attach()
+        for epoch in run.epochs(EPOCHS):
+            for batch in run.batches(loader):
+                kit.train(batch[:, None] * torch.rand(2, FEATURES), (epoch, run.batch))
+
+    assert_exact(script, [[Strike("body", 2), Strike("body", 3)], [Strike("body", 4)]])
+
+    def drawing(life: Life) -> None:
+        script(life)
+        Kit(life)
+
+    def using(life: Life) -> None:
+        life.here = lambda _: random.random()  # type: ignore[method-assign]
+        script(life)
+
+    assert play(drawing).digest == play(script).digest
+    assert play(using).digest != play(using).digest
+
+
 def test_a_process_attaches_once() -> None:
     def script(life: Life) -> None:
         run = Kit(life).attach()
@@ -1308,7 +1396,7 @@ def test_a_process_attaches_once() -> None:
     play(script)
 
 
-def test_a_script_that_the_script_starts_cannot_join_in(tmp_path: Path) -> None:
+def test_a_script_that_the_script_starts_cannot_join_in() -> None:
     child = "import runner, torch; runner.attach(model=torch.nn.Linear(1, 1))"
 
     def script(life: Life) -> str:
@@ -1318,8 +1406,9 @@ def test_a_script_that_the_script_starts_cannot_join_in(tmp_path: Path) -> None:
         assert ended.returncode == 1
         return ended.stderr
 
-    assert "SpoolTaken" in play(script).result
-    assert "RUNNER_SPOOL" in play(script).result
+    said = play(script).result
+    assert "SpoolTaken" in said
+    assert "RUNNER_SPOOL" in said
 
 
 def test_what_changed_on_the_way_to_the_loop_is_said(caplog: pytest.LogCaptureFixture) -> None:

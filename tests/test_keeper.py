@@ -726,6 +726,7 @@ def test_a_fenced_supervisor_persists_nothing(node: Node) -> None:
     Ledger(node.directory, RUN, "b" * 16).claim("node-2")
     fill(node.rank, 0, snapshot(save=2), must=True)
     before = sorted(node.directory.root.rglob("*"))
+    node.store.refused = {"stage", "delete", "create", "replace"}
 
     for persist in (keep_last.persist_due, lambda: keep_last.persist_newest(("preemption",))):
         with pytest.raises(Fenced):
@@ -749,6 +750,27 @@ def test_one_that_is_fenced_while_it_writes_leaves_nothing(node: Node) -> None:
 
     assert list((node.directory.root / RUN / "checkpoints").iterdir()) == []
     assert node.saved() == []
+
+
+def test_what_dead_attempts_left_unfinished_is_swept_away_and_nothing_else(node: Node) -> None:
+    node.start("b" * 16)  # attempt 2
+    staged = [
+        node.directory.stage(f"{RUN}/checkpoints/{snapshot(attempt).name}", "c" * 16)
+        for attempt in (1, 2, 3)
+    ]
+    for staging in staged:
+        staging.write("model.safetensors", [memoryview(b"half")])
+
+    assert node.persister.sweep() == [f".tmp-{snapshot(1).name}-{'c' * 16}"]
+
+    assert len(list((node.directory.root / RUN / "checkpoints").iterdir())) == 2
+    assert node.persister.sweep() == []
+
+
+def test_a_store_that_cannot_be_swept_is_no_reason_to_stop(node: Node) -> None:
+    node.store.refused = {"sweep"}
+
+    assert node.persister.sweep() == []
 
 
 # ---------------------------------------------------------------- requests

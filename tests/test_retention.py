@@ -300,7 +300,7 @@ class History:
 values = st.none() | st.integers(0, 3).map(float) | st.sampled_from([NAN, INF])
 keeps = st.builds(
     Keep,
-    last=st.integers(0, 3),
+    last=st.integers(1, 3),  # none at all cannot be asked for
     best_metric=st.none() | st.just("rmse"),
     best_mode=st.sampled_from(["min", "max"]),
     best_count=st.integers(1, 2),

@@ -562,12 +562,22 @@ def test_a_live_run_is_seen_followed_and_stopped(node: Node) -> None:
 
     stopped = node.run("stop", "job")
 
-    assert (stopped.code, stopped.out) == (0, "stopped at step 0, saved at step None\n")
+    assert (stopped.code, stopped.out) == (0, "stopped at step 0, nothing is saved\n")
     assert waiting.wait() == 130
     assert waiting.out == "stopped\n"
     assert following.wait() == 0
     assert following.out == "ready\n"
     assert len(node.records()) == 1
+
+
+def test_a_stop_that_was_meant_for_an_earlier_supervisor_stops_no_later_one(node: Node) -> None:
+    spool = node.spool().path
+    spool.mkdir(mode=0o700)
+    (spool / "stop").touch()
+
+    done = node.run("run", node.job("echo", "hello"))
+
+    assert (done.code, done.out) == (0, "hello\n")
 
 
 def test_a_store_is_the_same_whatever_way_leads_there(node: Node) -> None:

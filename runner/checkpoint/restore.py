@@ -43,9 +43,8 @@ def load_newest(
     """
     full = [m for m in _readable(archive) if m.moment.scope == "full"]
     wanted = [m for m in full if m.moment.healthy and prefer_healthy] or full
-    begin = min(skip, max(0, len(wanted) - 1))
     last_resort = [m for m in full if m not in wanted]
-    for manifest in [*wanted[begin:], *reversed(wanted[:begin]), *last_resort]:
+    for manifest in [*wanted[skip:], *reversed(wanted[:skip]), *last_resort]:
         if not manifest.moment.healthy:
             log.warning("%s holds metrics that are not finite", manifest.name)
         loaded = load(archive, manifest, allocate)

@@ -116,6 +116,7 @@ class Supervisor:
         """Run until a terminal state; leave nothing of the trainer behind."""
         before = {signum: signal.signal(signum, self._on_signal) for signum in _SIGNALS}
         become_subreaper()
+        (self._spool.path / "stop").unlink(missing_ok=True)  # meant for a supervisor before
         leftovers = end_leftovers(self._spool.path)
         if leftovers:
             log.warning("killed processes %s, left by a supervisor that is dead", leftovers)

@@ -457,7 +457,7 @@ def _on_signal(state: State, event: Notice | Interrupt | StopAsked) -> Step:
         case Phase.DRAINING | Phase.STOPPING if twice:
             keep = state.goal is Phase.FAILED
             given_up, actions = _finish(state if keep else replace(state, goal=wish, cause=cause))
-            lost = Say("interrupted twice: what is not saved yet is lost", is_error=True)
+            lost = Say("interrupted twice: nothing more is saved", is_error=True)
             return given_up, [lost, *actions]
         case Phase.DRAINING | Phase.STOPPING:
             return _hurry(state, wish, cause, event.at, deadline), [Say(cause)]

@@ -27,7 +27,6 @@ from runner.training.preempted import Preempted
 from runner.training.rhythm import SnapshotRhythm
 from runner.training.session import SavedState, Session
 from runner.training.streams import Streams
-from runner.training.tensors import TensorSource
 from runner.training.tree import Decoder, first_difference
 from runner.training.watch import OptimizerWatch
 
@@ -112,8 +111,9 @@ class Course:
 
     def resume(self, saved: SavedState) -> None:
         """Take over the saved state at `attach`, before any loop has begun."""
-        progress = Decoder(saved.source.own).decode(saved.document["progress"])
-        self.state.restore(saved.document, saved.source, final=False)
+        source = saved.source.anew()  # what it hands out must not be kept until `arrive`
+        progress = Decoder(source.own).decode(saved.document["progress"])
+        self.state.restore(saved.document, source, final=False)
         self.place = Place(**progress["place"])
         self._load_metrics(progress)
         self._best = progress["best"]
@@ -144,7 +144,7 @@ class Course:
             change = first_difference(saved.document[part], now[part], part)
             if change is not None:
                 log.warning("changed between attach() and the loop, and put back: %s", change)
-        source = TensorSource(saved.source.memory, saved.source.images)
+        source = saved.source.anew()
         self.state.restore(saved.document, source, final=True)
         self._load_metrics(Decoder(source.own).decode(saved.document["progress"]))
         self.session.restored()

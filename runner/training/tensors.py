@@ -117,6 +117,10 @@ class TensorSource:
                 self._files[image.name] = content, ranges
         self._owned: dict[tuple[str, str], torch.Tensor] = {}
 
+    def anew(self) -> TensorSource:
+        """The same one, which has handed out nothing yet and so keeps nothing alive."""
+        return TensorSource(self.memory, self.images)
+
     def view(self, reference: Mapping[str, Any]) -> torch.Tensor:
         """The saved tensor where it lies, on the CPU, to be copied from and then let go."""
         try:

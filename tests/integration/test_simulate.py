@@ -166,8 +166,8 @@ def test_a_script_that_blocks_through_the_grace_loses_nothing(
 
     first, second = report["attempts"]
     assert (first["cause"], first["exit_code"], first["lost_steps"]) == ("preemption", 75, 0)
-    # On a machine so busy that it had not come that far, there was nothing to save.
-    assert (first["end_step"], first["saved_step"]) in ((5, 5), (0, None))
+    # On a machine so busy that it had not come so far, there was nothing to save.
+    assert first["saved_step"] in (None, first["end_step"])
     assert second["start_step"] == first["end_step"]
     assert report["final_digest"] == undisturbed["final_digest"]
 

@@ -285,7 +285,7 @@ def test_a_hung_trainer_behind_a_shell_shows_its_stacks_and_is_started_again(
     job = node.training(
         command=["bash", "-c", f"python3 -c pass; '{sys.executable}' '{TRAINS}'; exit $?"],
         params={"befalls": {"1": {"5": "hang"}, "2": {"11": "wait"}}},
-        restart={"hang_timeout": "7s", "backoff": {"initial": "1ms", "max": "1ms"}},
+        restart={"hang_timeout": "9s", "backoff": {"initial": "1ms", "max": "1ms"}},
     )
     supervisor = start(node, job, "step 11")
     hung = supervisor.pids()[0]
