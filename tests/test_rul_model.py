@@ -334,9 +334,11 @@ def test_a_run_does_not_continue_with_other_data(tmp_path: Path) -> None:
 def own_determinism(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What `set_up` switches on for the process is switched back."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    before = torch.are_deterministic_algorithms_enabled()
+    before, threads = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
+    torch.set_num_threads(1)  # other tests may have the cores
     yield
     torch.use_deterministic_algorithms(before)
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.usefixtures("own_determinism")
@@ -377,6 +379,7 @@ def command(tmp_path: Path, run_id: str, **params: Any) -> dict[str, Any]:
         "RUNNER_RUN_ID": f"{tmp_path.name}-{run_id}"[-60:].strip("-_."),
         "RUNNER_PARAMS": json.dumps(params),
         "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "passive",  # other tests may have the cores
         "PYTHONPATH": str(REPOSITORY),
     }
     return {

@@ -161,6 +161,7 @@ class Course:
         Raises LoopOver if the saved run had left this loop behind.
         """
         counted = self._leave_loop()
+        self.session.board.phase = "training"
         if self._saved is not None and self._return_into(loop):
             return self._saved_loop
         loop.ordinal = self._loops_begun()
@@ -257,6 +258,8 @@ class Course:
         and ends has nothing newer, and what it leaves must not depend on how fast it was.
         """
         self._lap = None
+        if not self.place.in_epoch:
+            self.session.board.phase = "after training"
         if self.loop is loop:
             if self._rhythm.is_behind and not self._carries_gradients and not self.in_body:
                 self._snapshot(set(), beside=False)

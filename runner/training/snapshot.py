@@ -140,7 +140,8 @@ class SnapshotWriter:
         while True:
             complete = {marker.slot: marker for marker in self._rank.complete()}
             free = [i for i in range(self._slots.count) if i not in complete]
-            for index in [*free, *complete]:
+            unneeded_first = sorted(complete, key=lambda slot: complete[slot].must)
+            for index in [*free, *unneeded_first]:
                 marker = complete.get(index)
                 inherited: tuple[str, ...] = ()
                 if marker is not None and marker.must:
