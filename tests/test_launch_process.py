@@ -244,8 +244,10 @@ def test_ignored_and_blocked_signals_are_not_inherited(trainers: Trainers) -> No
 
     assert exit_code(trainer) == 0
     status = dict(line.split(":", 1) for line in trainers.output(trainer).splitlines())
-    assert int(status["SigIgn"], 16) == 0
-    assert int(status["SigBlk"], 16) == 0
+    # 32 and 33 belong to the C library, which lets nobody change them: see nptl(7).
+    own = ~(0b11 << 31)
+    assert int(status["SigIgn"], 16) & own == 0
+    assert int(status["SigBlk"], 16) & own == 0
 
 
 # ---------------------------------------------------------------- how it ends
