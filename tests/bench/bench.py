@@ -26,6 +26,7 @@ from tests.bench.place import Place
 from tests.bench.supervised import warm_up
 
 SIZES_MB = (1.0, 500.0)
+SAVING_SIZES_MB = (50.0, 600.0)
 REPETITIONS, QUICK_REPETITIONS = 5, 2
 STARTS = 15
 
