@@ -20,7 +20,7 @@ from runner.checkpoint.keeper import Keeper, Origin, Resumption, Saved
 from runner.checkpoint.persist import Persister
 from runner.errors import Fenced, NoValidCheckpoint, RunnerError, StoreError, UsageError
 from runner.spool import Board, RankSpool
-from runner.supervisor import machine
+from runner.supervisor import events
 from runner.supervisor.forecast import EmergencySave, Forecaster
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ class Clerk(threading.Thread):
         keeper: Keeper,
         persister: Persister,
         node: str,
-        post: Callable[[machine.Event], None],
+        post: Callable[[events.Event], None],
         forecaster: Forecaster,
     ) -> None:
         super().__init__(name="clerk", daemon=True)
@@ -103,16 +103,16 @@ class Clerk(threading.Thread):
                 else:
                     self._look_round()
             except Fenced as error:
-                self._post(machine.FencedOff(time.monotonic(), str(error)))
+                self._post(events.FencedOff(time.monotonic(), str(error)))
 
     def _claim(self) -> None:
         try:
             record = self._ledger.claim(self._node)
             self._persister.sweep()
         except (StoreError, OSError) as error:
-            self._post(machine.PreparationFailed(time.monotonic(), str(error), final=False))
+            self._post(events.PreparationFailed(time.monotonic(), str(error), final=False))
         else:
-            self._post(machine.Claimed(time.monotonic(), record.attempt))
+            self._post(events.Claimed(time.monotonic(), record.attempt))
 
     def _restore(self, go_back: int, which: str | None, origin: Origin | None) -> None:
         try:
@@ -123,12 +123,12 @@ class Clerk(threading.Thread):
             self._forecaster.attempt_begins(self._ledger.records())
             self._set_interval()
         except (NoValidCheckpoint, UsageError) as error:
-            self._post(machine.PreparationFailed(time.monotonic(), str(error), final=True))
+            self._post(events.PreparationFailed(time.monotonic(), str(error), final=True))
         except (RunnerError, OSError) as error:
-            self._post(machine.PreparationFailed(time.monotonic(), str(error), final=False))
+            self._post(events.PreparationFailed(time.monotonic(), str(error), final=False))
         else:
             step = 0 if resumption is None else resumption.moment.step
-            self._post(machine.RestoreReady(time.monotonic(), step))
+            self._post(events.RestoreReady(time.monotonic(), step))
 
     def _describe(self, resumption: Resumption | None) -> None:
         if resumption is None:
@@ -154,9 +154,9 @@ class Clerk(threading.Thread):
         except Fenced:
             raise
         except (RunnerError, OSError) as error:
-            self._post(machine.SaveFailed(time.monotonic(), str(error)))
+            self._post(events.SaveFailed(time.monotonic(), str(error)))
         else:
-            self._post(machine.Drained(time.monotonic()))
+            self._post(events.Drained(time.monotonic()))
 
     def _look_round(self) -> None:
         if self.board is not None and self.board.restored and not self._returned:
@@ -173,7 +173,7 @@ class Clerk(threading.Thread):
             raise
         except (RunnerError, OSError) as error:
             self._leave_store_until = time.monotonic() + _RETRY_SECONDS
-            self._post(machine.SaveFailed(time.monotonic(), str(error)))
+            self._post(events.SaveFailed(time.monotonic(), str(error)))
 
     def _announce(self, saved: Saved) -> None:
         moment = saved.manifest.moment
@@ -184,7 +184,7 @@ class Clerk(threading.Thread):
             saved.manifest.nbytes / 1e6,
             saved.persist_seconds,
         )
-        self._post(machine.Saved(saved.durable_at, moment.step))
+        self._post(events.Saved(saved.durable_at, moment.step))
         if self.board is None:
             return
         self.board.persisted_step = moment.step + 1

@@ -37,7 +37,7 @@ from runner.launch.process import TrainerProcess, build_environment
 from runner.plan import BestMetric, Plan
 from runner.spool import Spool, Why
 from runner.store import Store
-from runner.supervisor import index, machine
+from runner.supervisor import events, index, machine
 from runner.supervisor.clerk import Clerk
 from runner.supervisor.forecast import Forecaster
 from runner.supervisor.output import Output
@@ -78,7 +78,7 @@ class Supervisor:
         self._assignment, self._spool, self._ledger = assignment, spool, ledger
         job = assignment.job
         self._job = job
-        self._events: queue.SimpleQueue[machine.Event] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[events.Event] = queue.SimpleQueue()
         self._provenance: dict[str, Any] = {}
         self._rank = spool.rank
         self._disk = Path(store.url) / assignment.run_id / ".slots"
@@ -138,14 +138,14 @@ class Supervisor:
 
     # ------------------------------------------------------------------ events
 
-    def _next_event(self) -> machine.Event:
+    def _next_event(self) -> events.Event:
         """The next event, or a tick after looking around."""
         try:
             return self._events.get(timeout=_TICK_SECONDS)
         except queue.Empty:
             return self._look_around()
 
-    def _look_around(self) -> machine.Event:
+    def _look_around(self) -> events.Event:
         now = time.monotonic()
         trainer = self._trainer
         if not self._clerk.is_alive():
@@ -153,18 +153,18 @@ class Supervisor:
         reap_orphans([] if trainer is None else [trainer.pid])
         if (self._spool.path / "stop").exists():
             (self._spool.path / "stop").unlink(missing_ok=True)
-            return machine.StopAsked(now)
+            return events.StopAsked(now)
         if trainer is None:
-            return machine.Tick(now)
+            return events.Tick(now)
         code = trainer.poll()
         if code is not None and not self._exit_seen:
             return self._exited(code)
         progressed = self._progressed(now)
         if progressed is not None:  # beside the tick: a trainer that moves all the time stops none
             self._events.put(progressed)
-        return machine.Tick(now)
+        return events.Tick(now)
 
-    def _exited(self, code: int) -> machine.Exited:
+    def _exited(self, code: int) -> events.Exited:
         self._exit_seen = True
         board = self._clerk.board
         step = 0 if board is None else board.step
@@ -175,9 +175,9 @@ class Supervisor:
                 "snapshot; end early with run.stop(reason) to save the last state",
                 "epochs" if board.epochs else "batches",
             )
-        return machine.Exited(time.monotonic(), code, self._obeyed())
+        return events.Exited(time.monotonic(), code, self._obeyed())
 
-    def _progressed(self, now: float) -> machine.Event | None:
+    def _progressed(self, now: float) -> events.Event | None:
         board = self._clerk.board
         if board is None:
             return None
@@ -189,7 +189,7 @@ class Supervisor:
         if seen == self._seen:
             return None
         self._seen = seen
-        return machine.Progressed(now, board.phase)
+        return events.Progressed(now, board.phase)
 
     def _obeyed(self) -> bool:
         board = self._clerk.board
@@ -199,15 +199,15 @@ class Supervisor:
         """Runs between two bytecodes of the main thread: it only leaves a note."""
         now = time.monotonic()
         if signum == signal.SIGTERM:
-            self._events.put(machine.Notice(now, "SIGTERM", now + self._policy.grace_seconds))
+            self._events.put(events.Notice(now, "SIGTERM", now + self._policy.grace_seconds))
         elif signum == signal.SIGINT:
-            self._events.put(machine.Interrupt(now))
+            self._events.put(events.Interrupt(now))
         elif signum == signal.SIGUSR1:
-            self._events.put(machine.SaveAsked(now))
+            self._events.put(events.SaveAsked(now))
         elif signum == signal.SIGRTMIN:
-            self._events.put(machine.StacksAsked(now))
+            self._events.put(events.StacksAsked(now))
         else:
-            self._events.put(machine.Relayed(now, signum))
+            self._events.put(events.Relayed(now, signum))
 
     @property
     def _policy(self) -> machine.Policy:
@@ -232,48 +232,48 @@ class Supervisor:
 
     # ------------------------------------------------------------------ actions
 
-    def _advance(self, event: machine.Event) -> None:
+    def _advance(self, event: events.Event) -> None:
         before = self._state
         self._state, actions = machine.step(before, event)
-        if isinstance(event, machine.Saved):
+        if isinstance(event, events.Saved):
             self._last_saved_at = event.at
         if self._state.phase is not before.phase:
             self._publish()
         self._perform(actions)
 
-    def _perform(self, actions: list[machine.Action]) -> None:
+    def _perform(self, actions: list[events.Action]) -> None:
         for action in actions:
             match action:
-                case machine.Claim():
+                case events.Claim():
                     self._clerk.claim()
-                case machine.Restore(go_back):
+                case events.Restore(go_back):
                     self._clerk.restore(go_back, self._begin_at, self._assignment.origin)
                     self._begin_at = None
-                case machine.Launch():
+                case events.Launch():
                     self._launch()
-                case machine.Ask(kind, why, deadline):
+                case events.Ask(kind, why, deadline):
                     self._ask(kind, why, deadline)
-                case machine.PersistNewest(triggers):
+                case events.PersistNewest(triggers):
                     self._clerk.persist_newest(triggers)
-                case machine.DumpStacks():
+                case events.DumpStacks():
                     self._dump_stacks()
-                case machine.Relay(signum) if self._trainer is not None:
+                case events.Relay(signum) if self._trainer is not None:
                     self._trainer.send_signal(signum)
-                case machine.KillTree():
+                case events.KillTree():
                     self._end_trainer()
-                case machine.EndAttempt(outcome, cause):
+                case events.EndAttempt(outcome, cause):
                     self._close_record(outcome, cause)
-                case machine.Say(message, is_error):
+                case events.Say(message, is_error):
                     log.log(logging.ERROR if is_error else logging.INFO, "%s", message)
 
     def _launch(self) -> None:
         try:
             self._start_trainer()
         except UsageError as error:
-            self._events.put(machine.LaunchFailed(time.monotonic(), str(error)))
+            self._events.put(events.LaunchFailed(time.monotonic(), str(error)))
         except (RunnerError, OSError) as error:
             self._events.put(
-                machine.PreparationFailed(time.monotonic(), f"cannot start: {error}", final=False)
+                events.PreparationFailed(time.monotonic(), f"cannot start: {error}", final=False)
             )
         self._publish()
 

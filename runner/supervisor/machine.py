@@ -20,6 +20,37 @@ from enum import Enum
 
 from runner import exitcodes
 from runner.spool import Request, Why
+from runner.supervisor.events import (
+    Action,
+    Ask,
+    Claim,
+    Claimed,
+    Drained,
+    DumpStacks,
+    EndAttempt,
+    Event,
+    Exited,
+    FencedOff,
+    Interrupt,
+    KillTree,
+    Launch,
+    LaunchFailed,
+    Notice,
+    PersistNewest,
+    PreparationFailed,
+    Progressed,
+    Relay,
+    Relayed,
+    Restore,
+    RestoreReady,
+    SaveAsked,
+    Saved,
+    SaveFailed,
+    Say,
+    StacksAsked,
+    StopAsked,
+    Tick,
+)
 
 
 class Phase(Enum):
@@ -75,197 +106,6 @@ class Policy:
     backoff_max_seconds: float = 60.0
     hang_timeout_seconds: float = 600.0
     never: tuple[int, ...] = (2,)
-
-
-# ---------------------------------------------------------------------------- events
-
-
-@dataclass(frozen=True)
-class Event:
-    at: float
-
-
-@dataclass(frozen=True)
-class Claimed(Event):
-    """The next attempt is this supervisor's."""
-
-    attempt: int
-
-
-@dataclass(frozen=True)
-class RestoreReady(Event):
-    """What the attempt begins from lies in the spool; step 0 at the start of a run."""
-
-    step: int
-
-
-@dataclass(frozen=True)
-class PreparationFailed(Event):
-    """The attempt could not be claimed or its state not fetched; `final` if trying is useless."""
-
-    reason: str
-    final: bool
-
-
-@dataclass(frozen=True)
-class LaunchFailed(Event):
-    """The command cannot be started at all."""
-
-    reason: str
-
-
-@dataclass(frozen=True)
-class Exited(Event):
-    """The trainer is gone; negative codes are signals. `obeyed`: it was asked to stop, and did."""
-
-    code: int
-    obeyed: bool = False
-
-
-@dataclass(frozen=True)
-class Progressed(Event):
-    """The trainer has moved since the last look; `activity` is what it says it is doing."""
-
-    activity: str
-
-
-@dataclass(frozen=True)
-class Saved(Event):
-    """A checkpoint became durable."""
-
-    step: int
-
-
-@dataclass(frozen=True)
-class Drained(Event):
-    """There is nothing newer in the slots than what is durable."""
-
-
-@dataclass(frozen=True)
-class SaveFailed(Event):
-    """The store refused; what was to be saved is still in its slot."""
-
-    reason: str
-
-
-@dataclass(frozen=True)
-class Notice(Event):
-    """The node will be taken away at `deadline`."""
-
-    source: str
-    deadline: float
-
-
-@dataclass(frozen=True)
-class Interrupt(Event):
-    """Somebody pressed Ctrl-C."""
-
-
-@dataclass(frozen=True)
-class StopAsked(Event):
-    """Somebody said `runner stop`."""
-
-
-@dataclass(frozen=True)
-class SaveAsked(Event):
-    """Somebody wants a checkpoint now."""
-
-
-@dataclass(frozen=True)
-class StacksAsked(Event):
-    """Somebody wants to see where the trainer's threads are."""
-
-
-@dataclass(frozen=True)
-class Relayed(Event):
-    """A signal that is meant for the trainer."""
-
-    signum: int
-
-
-@dataclass(frozen=True)
-class FencedOff(Event):
-    """A newer attempt is another supervisor's."""
-
-    reason: str
-
-
-@dataclass(frozen=True)
-class Tick(Event):
-    """Time has passed."""
-
-
-# ---------------------------------------------------------------------------- actions
-
-
-class Action:
-    """Something for the loop to do, in the order given."""
-
-
-@dataclass(frozen=True)
-class Claim(Action):
-    """Begin the next attempt in the store."""
-
-
-@dataclass(frozen=True)
-class Restore(Action):
-    """Prepare what the attempt begins from."""
-
-    go_back: int
-
-
-@dataclass(frozen=True)
-class Launch(Action):
-    """Start the trainer."""
-
-
-@dataclass(frozen=True)
-class Ask(Action):
-    """Put a request on the board."""
-
-    kind: Request
-    why: Why
-    deadline: float = 0.0
-
-
-@dataclass(frozen=True)
-class PersistNewest(Action):
-    """Make the newest complete slot durable, with these triggers; answered by `Drained`."""
-
-    triggers: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class DumpStacks(Action):
-    """Make the trainer print where its threads are."""
-
-
-@dataclass(frozen=True)
-class Relay(Action):
-    """Send a signal to the trainer alone."""
-
-    signum: int
-
-
-@dataclass(frozen=True)
-class KillTree(Action):
-    """SIGKILL to the trainer and everything it started."""
-
-
-@dataclass(frozen=True)
-class EndAttempt(Action):
-    """Write the attempt's end into its record."""
-
-    outcome: str
-    cause: str
-
-
-@dataclass(frozen=True)
-class Say(Action):
-    """Tell the user."""
-
-    message: str
-    is_error: bool = False
 
 
 # ---------------------------------------------------------------------------- the state
