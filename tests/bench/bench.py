@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tests.bench import disturbing, stalling, starting
+from tests.bench import disturbing, saving, stalling, starting
 from tests.bench.figures import Check, Figure, as_table
 from tests.bench.place import Place
 from tests.bench.supervised import warm_up
@@ -48,6 +48,9 @@ def measurements(repetitions: int, starts: int) -> dict[str, Callable[[Place], M
     for size in SIZES_MB:
         parts[f"disturb-{size:g}"] = of_size(disturbing.measure, size)
         parts[f"stall-{size:g}"] = of_size(stalling.measure, size)
+    for size in SAVING_SIZES_MB:
+        parts[f"save-{size:g}"] = of_size(saving.measure, size)
+    parts["every-step"] = of_size(saving.measure_every_step, SAVING_SIZES_MB[-1])
     return parts
 
 
