@@ -803,6 +803,14 @@ def test_two_views_of_one_memory_keep_their_values() -> None:
     assert restored["same"].tolist() == [[0, 1, 2], [3, 4, 5]]
 
 
+def test_a_conjugate_or_negative_view_is_another_value_than_what_it_views() -> None:
+    base = torch.tensor([1 + 2j, 3 - 4j])
+    restored = carried({"base": base, "conjugate": base.conj(), "negative": base.conj().imag})
+    assert restored["base"].tolist() == [1 + 2j, 3 - 4j]
+    assert restored["conjugate"].tolist() == [1 - 2j, 3 + 4j]
+    assert restored["negative"].tolist() == [-2, 4]
+
+
 def test_names_of_tensors_may_be_anything() -> None:
     keys = ["a", "a.b", "__metadata__", "", ".", "'", '"', "]", "[0]", "ключ", 0, (1, 2), "0", "a_"]
     values = {key: torch.tensor([i]) for i, key in enumerate(keys)}

@@ -12,6 +12,7 @@ import multiprocessing
 import random
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -419,6 +420,28 @@ def two_loaders_and_a_break(life: Life) -> Any:
     return run.step
 
 
+def two_loaders_that_look_alike(life: Life) -> Any:
+    """The second one is first used where the first one was left."""
+    kit = Kit(life)
+    loaders = [
+        DataLoader(
+            Noisy(9),
+            batch_size=BATCH,
+            shuffle=True,
+            generator=torch.Generator().manual_seed(number),
+        )
+        for number in range(2)
+    ]
+    run = kit.attach()
+    for epoch in run.epochs(3):
+        for part, loader in enumerate(loaders):
+            for i, batch in enumerate(run.batches(loader)):
+                kit.train(batch, (epoch, part, i))
+                if i == 1:
+                    break
+    return run.step
+
+
 def body_with_continue(life: Life) -> Any:
     kit = Kit(life)
     run = kit.attach()
@@ -645,6 +668,7 @@ SCRIPTS: list[Script] = [
     loop_left_by_break,
     two_loops_in_an_epoch,
     two_loaders_and_a_break,
+    two_loaders_that_look_alike,
     body_with_continue,
     steps_through_several_passes,
     accumulating_steps_through_several_passes,
@@ -1061,7 +1085,8 @@ def test_best_is_made_only_for_the_state_for_which_the_metric_was_logged() -> No
         run = kit.attach()
         for epoch in run.epochs(6):
             kit.train(torch.rand(BATCH, FEATURES), epoch)
-            run.log(loss=0.01)
+            if epoch % 2 == 1 and epoch < 4:
+                run.log(loss=0.01)
             if epoch % 2 == 0:
                 run.log(val=[0.3, 0.1, 0.2][epoch // 2])
             life.here("end")
@@ -1240,6 +1265,7 @@ def test_what_a_script_holds_of_its_state_is_what_is_saved() -> None:
             "large": np.zeros((100, 50), order="F"),
             "tensor": torch.zeros(2),
             "set": set(),
+            "window": deque([0, 0], maxlen=2),
         }
         held, inner = dict(state), state["list"][0]["inner"]
         run = kit.attach(state=state)
@@ -1252,11 +1278,13 @@ def test_what_a_script_holds_of_its_state_is_what_is_saved() -> None:
                 held["large"][3] += 1
                 held["tensor"] += 1
                 held["set"].add((epoch, i))
+                held["window"].append(i + epoch)
             life.here("end")
         assert all(state[name] is value for name, value in held.items())
-        return inner, held["array"].tolist(), float(held["large"].sum()), len(held["set"])
+        sums = held["array"].tolist(), float(held["large"].sum())
+        return inner, *sums, len(held["set"]), list(held["window"])
 
-    assert play(script).result[1:] == ([8.0, 8.0], 400.0, 8)
+    assert play(script).result[1:] == ([8.0, 8.0], 400.0, 8, [3, 4])
     assert_exact_wherever(script)
 
 
