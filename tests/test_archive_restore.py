@@ -34,7 +34,7 @@ from runner.errors import (
     StoreError,
     UnknownName,
 )
-from runner.store import DirectoryStore
+from runner.store import DirectoryStore, Stored
 
 OLD, NEW = snapshot(save=1), snapshot(save=2)
 FILES = sorted(NEW.files)
@@ -310,7 +310,7 @@ def test_an_attempt_that_has_saved_nothing_begins_at_the_start(store: DirectoryS
 # ---------------------------------------------------------------- what is no proof of corruption
 
 
-@pytest.mark.parametrize("method", ["children", "read", "size", "fetch"])
+@pytest.mark.parametrize("method", ["children", "read", "stored", "fetch"])
 def test_a_store_that_refuses_proves_nothing(store: DirectoryStore, method: str) -> None:
     commit(store, OLD)
     commit(store, NEW)
@@ -339,9 +339,9 @@ class DeletingStore(RefusingStore):
         self._one_less(key)
         return self.store.read(key, limit)
 
-    def size(self, key: str) -> int:
+    def stored(self, key: str) -> Stored:
         self._one_less(key)
-        return self.store.size(key)
+        return self.store.stored(key)
 
     def fetch(self, key: str, offset: int, into: memoryview) -> None:
         self._one_less(key)

@@ -26,7 +26,7 @@ from runner.checkpoint.persist import Persister
 from runner.checkpoint.retention import Keep
 from runner.errors import CheckpointCorrupt, Fenced, NoValidCheckpoint, StoreError, UnknownName
 from runner.spool import Marker, RankSpool, Spool
-from runner.store import DirectoryStore
+from runner.store import Content, DirectoryStore, Part
 
 OWNER = "a" * 16
 
@@ -246,10 +246,9 @@ def test_a_disk_that_fails_in_the_middle_leaves_nothing_but_the_slot(
         staging = stage(prefix, owner)
         write = staging.write
 
-        def fail(name: str, parts: Any) -> None:
-            if name == "optimizer.safetensors":
-                raise StoreError("the disk is full")
-            write(name, parts)
+        def fail(contents: Any) -> Any:
+            write([content for content in contents if content.name != "optimizer.safetensors"])
+            raise StoreError("the disk is full")
 
         monkeypatch.setattr(staging, "write", fail)
         return staging
@@ -759,7 +758,7 @@ def test_what_dead_attempts_left_unfinished_is_swept_away_and_nothing_else(node:
         for attempt in (1, 2, 3)
     ]
     for staging in staged:
-        staging.write("model.safetensors", [memoryview(b"half")])
+        staging.write([Content("model.safetensors", 4, [Part(memoryview(b"half"))])])
 
     assert node.persister.sweep() == [f".tmp-{snapshot(1).name}-{'c' * 16}"]
 

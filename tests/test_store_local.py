@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from runner.checkpoint.persist import Persister
 from runner.checkpoint.restore import load_newest
 from runner.checkpoint.retention import Keep
 from runner.errors import NotFound, StoreError
-from runner.store import DirectoryStore, open_store
+from runner.store import Content, DirectoryStore, Part, Staging, Stored, open_store
 
 OWNER = "0123456789abcdef"
 MANIFEST = "manifest.json"
@@ -34,8 +35,11 @@ def store(tmp_path: Path) -> DirectoryStore:
     return DirectoryStore(tmp_path / "store")
 
 
-def parts(*contents: bytes) -> list[memoryview]:
-    return [memoryview(content) for content in contents]
+def write(staging: Staging, name: str, *parts: bytes) -> tuple[bytes, ...]:
+    """Store one file; the digests of its parts."""
+    pieces = [Part(memoryview(part)) for part in parts]
+    [digests] = staging.write([Content(name, len(parts[0]) if parts else 1, pieces)])
+    return digests
 
 
 def tree(folder: Path) -> list[str]:
@@ -52,7 +56,7 @@ def test_an_object_is_read_as_it_was_created(store: DirectoryStore) -> None:
     assert store.create("run/a/b.json", b"content")
 
     assert store.read("run/a/b.json", 100) == b"content"
-    assert store.size("run/a/b.json") == 7
+    assert store.stored("run/a/b.json") == Stored(7)
     assert store.url == str(store.root)
 
 
@@ -72,10 +76,10 @@ def test_replacing_needs_nothing_there(store: DirectoryStore) -> None:
     assert tree(store.root / "run") == ["a"]
 
 
-@pytest.mark.parametrize("method", ["read", "size", "fetch"])
+@pytest.mark.parametrize("method", ["read", "stored", "fetch"])
 def test_what_is_not_there_is_not_found(store: DirectoryStore, method: str) -> None:
     store.create("run/file", b"x")
-    arguments = {"read": (10,), "size": (), "fetch": (0, memoryview(bytearray(1)))}[method]
+    arguments = {"read": (10,), "stored": (), "fetch": (0, memoryview(bytearray(1)))}[method]
 
     for key in ("run/a", "other/a", "run/file/a"):
         with pytest.raises(NotFound):
@@ -160,7 +164,7 @@ BAD_KEYS = ["", "..", ".", "a/..", "../a", "a/../../b", "a/./b", "/etc/passwd", 
             "a\0b", "a/b\0"]  # fmt: skip
 CALLS: dict[str, Callable[[DirectoryStore, str], Any]] = {
     "read": lambda store, key: store.read(key, 10),
-    "size": lambda store, key: store.size(key),
+    "stored": lambda store, key: store.stored(key),
     "fetch": lambda store, key: store.fetch(key, 0, memoryview(bytearray(1))),
     "create": lambda store, key: store.create(key, b"x"),
     "replace": lambda store, key: store.replace(key, b"x"),
@@ -192,7 +196,7 @@ def test_no_file_of_a_checkpoint_leads_out_of_it(store: DirectoryStore, name: st
     before = tree(store.root)
 
     with pytest.raises(StoreError):
-        staging.write(name, parts(b"x"))
+        write(staging, name, b"x")
     with pytest.raises(StoreError):
         staging.commit(name, b"x")
 
@@ -289,8 +293,8 @@ def test_whoever_reads_sees_the_old_or_the_new() -> None:
 
 def test_nothing_is_there_before_the_commit_and_all_of_it_after(store: DirectoryStore) -> None:
     staging = store.stage("run/checkpoints/c", OWNER)
-    staging.write("model", parts(b"one", b"two", b""))
-    staging.write("empty", parts())
+    write(staging, "model", b"one", b"two", b"")
+    write(staging, "empty")
     assert store.children("run/checkpoints") == []
 
     staging.commit(MANIFEST, b"{}")
@@ -307,7 +311,7 @@ def test_nothing_is_there_before_the_commit_and_all_of_it_after(store: Directory
 
 def test_after_an_abort_nothing_is_left(store: DirectoryStore) -> None:
     staging = store.stage("run/checkpoints/c", OWNER)
-    staging.write("model", parts(b"one"))
+    write(staging, "model", b"one")
 
     staging.abort()
     staging.abort()
@@ -320,7 +324,7 @@ def test_a_committed_checkpoint_is_never_changed_again(store: DirectoryStore) ->
     first.commit(MANIFEST, b"first")
 
     second = store.stage("run/c", "fedcba9876543210")
-    second.write("model", parts(b"x"))
+    write(second, "model", b"x")
     with pytest.raises(StoreError):
         second.commit(MANIFEST, b"second")
     second.abort()
@@ -331,8 +335,8 @@ def test_a_committed_checkpoint_is_never_changed_again(store: DirectoryStore) ->
 
 def test_two_writers_do_not_get_into_each_others_files(store: DirectoryStore) -> None:
     one, other = store.stage("run/c", OWNER), store.stage("run/c", "fedcba9876543210")
-    one.write("model", parts(b"one"))
-    other.write("model", parts(b"other"))
+    write(one, "model", b"one")
+    write(other, "model", b"other")
 
     one.commit(MANIFEST, b"one")
     other.abort()
@@ -341,10 +345,10 @@ def test_two_writers_do_not_get_into_each_others_files(store: DirectoryStore) ->
 
 
 def test_a_writer_whose_remains_could_not_be_removed_can_try_again(store: DirectoryStore) -> None:
-    store.stage("run/c", OWNER).write("model", parts(b"half of i"))
+    write(store.stage("run/c", OWNER), "model", b"half of i")
 
     again = store.stage("run/c", OWNER)
-    again.write("model", parts(b"all of it"))
+    write(again, "model", b"all of it")
     again.commit(MANIFEST, b"{}")
 
     assert store.read("run/c/model", 100) == b"all of it"
@@ -356,7 +360,7 @@ def test_what_is_not_known_to_be_durable_is_not_there(
 ) -> None:
     """A retry must not find its own checkpoint in the way."""
     staging = store.stage("run/checkpoints/c", OWNER)
-    staging.write("model", parts(b"one"))
+    write(staging, "model", b"one")
     fsync = os.fsync
 
     def fail_behind_the_rename(descriptor: int) -> None:
@@ -381,7 +385,7 @@ def test_a_sweep_takes_what_is_stale_and_leaves_the_living_alone(store: Director
     old, live = snapshot(attempt=1), snapshot(attempt=2)
     for taken in (old, live):
         staging = store.stage(f"run/checkpoints/{taken.name}", OWNER)
-        staging.write("model", parts(b"one"))
+        write(staging, "model", b"one")
     committed = store.stage("run/checkpoints/step-000000001-a0001-s009", OWNER)
     committed.commit(MANIFEST, b"{}")
     asked: list[str] = []
@@ -458,8 +462,8 @@ def test_files_and_directories_are_synced_before_the_rename_and_the_parent_after
     recorder = Recorder(monkeypatch)
 
     staging = store.stage("run/checkpoints/c", OWNER)
-    staging.write("model", parts(b"one", b"two"))
-    staging.write("state", parts(b"three"))
+    write(staging, "model", b"one", b"two")
+    write(staging, "state", b"three")
     staging.commit(MANIFEST, b"{}")
 
     rename = recorder.last("rename", staged)
@@ -647,7 +651,7 @@ def failing_calls(store: DirectoryStore, content: bytes) -> Iterator[Callable[[]
     def stage() -> None:
         staging = store.stage("run/checkpoints/c", OWNER)
         try:
-            staging.write("model", parts(content))
+            write(staging, "model", content)
             staging.commit(MANIFEST, b"{}")
         except BaseException:
             staging.abort()
@@ -733,3 +737,37 @@ def test_whatever_call_fails_it_is_a_store_error(
         assert tree(store.root) == before
     assert checkpoint_folder(store, "c", "run").exists() == (call in ("replace", "link"))
     assert not [path for path in tree(store.root) if ".tmp-" in path]
+
+
+# ---------------------------------------------------------------- what need not be hashed or moved
+
+
+def test_a_digest_that_is_known_is_taken_as_it_is(store: DirectoryStore) -> None:
+    staging = store.stage("run/c", OWNER)
+    pieces = [Part(memoryview(b"one"), b"known"), Part(memoryview(b"two"))]
+
+    [digests] = staging.write([Content("model", 3, pieces)])
+
+    assert digests == (b"known", sha256(b"two").digest())
+
+
+def test_a_copy_has_the_bytes_of_what_it_was_copied_from(store: DirectoryStore) -> None:
+    first = store.stage("run/a", OWNER)
+    digests = write(first, "model", b"one", b"two")
+    first.commit(MANIFEST, b"{}")
+
+    second = store.stage("run/b", OWNER)
+    second.copy("model", "run/a/model", 3, digests)
+    second.commit(MANIFEST, b"{}")
+    store.delete(["run/a/model"])
+
+    assert store.read("run/b/model", 100) == b"onetwo"
+
+
+def test_what_is_gone_is_not_copied(store: DirectoryStore) -> None:
+    staging = store.stage("run/b", OWNER)
+
+    with pytest.raises(NotFound):
+        staging.copy("model", "run/a/model", 3, [b""])
+
+    assert write(staging, "model", b"one") == (sha256(b"one").digest(),)

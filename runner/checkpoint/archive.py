@@ -59,7 +59,7 @@ class Archive:
         except NotFound:
             raise
         except StoreError:
-            size = self.store.size(key)
+            size = self.store.stored(key).size
             if size <= _MAX_MANIFEST_BYTES:
                 raise
             raise CheckpointInvalid(name, f"its manifest has {size} bytes") from None
@@ -168,7 +168,7 @@ class Archive:
 
     def _size(self, manifest: Manifest, file: FileEntry) -> int:
         try:
-            return self.store.size(self._key(manifest, file))
+            return self.store.stored(self._key(manifest, file)).size
         except NotFound:
             self.manifest(manifest.name)  # NotFound: deleted as a whole, manifest first
             raise CheckpointCorrupt(manifest.name, f"{file.name} is missing") from None

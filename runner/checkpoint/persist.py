@@ -5,10 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
-from hashlib import sha256
 from typing import Any
 
 from runner.checkpoint import format as fmt
@@ -18,11 +15,9 @@ from runner.checkpoint.format import FileImage
 from runner.checkpoint.manifest import FileEntry, Manifest, Moment
 from runner.checkpoint.retention import Keep, delete_checkpoint, pins, superfluous
 from runner.errors import CheckpointCorrupt, NotFound, StoreError
-from runner.store import Staging, Store
+from runner.store import Content, Part, Store
 
 log = logging.getLogger(__name__)
-
-_HASHING_THREADS = 2
 
 
 @dataclass
@@ -58,7 +53,9 @@ class Persister:
         prefix = f"{self.ledger.run_id}/checkpoints/{moment.name}"
         staging = self.store.stage(prefix, self.ledger.owner)
         try:
-            files = _write_files(staging, images, slot)
+            contents = [_content(image, slot) for image in images]
+            digests = staging.write(contents)
+            files = tuple(map(_entry, images, contents, digests))
             facts = {**self.provenance(), **(provenance or {})}
             manifest = Manifest(self.ledger.run_id, moment, files, facts)
             self.ledger.check_fence()
@@ -111,37 +108,14 @@ class Persister:
             return []
 
 
-def _write_files(
-    staging: Staging, images: Sequence[FileImage], slot: memoryview
-) -> tuple[FileEntry, ...]:
-    """Hash the parts on threads (hashlib releases the GIL) while they are written."""
-    entries = []
-    with ThreadPoolExecutor(_HASHING_THREADS, "hash") as pool:
-        for image in images:
-            part_bytes = fmt.part_bytes_for(image.size)
-            content = slot[image.offset : image.offset + image.size]
-            parts = [content[at : at + part_bytes] for at in range(0, image.size, part_bytes)]
-            parts = parts or [content]
-            hashes = _submit(pool, parts)
-            staging.write(image.name, parts)
-            digests = [digest() for digest in hashes]
-            entries.append(
-                FileEntry(
-                    image.name,
-                    image.size,
-                    part_bytes,
-                    tuple(digest.hex() for digest in digests),
-                    fmt.file_digest(digests),
-                )
-            )
-    return tuple(entries)
+def _content(image: FileImage, slot: memoryview) -> Content:
+    """A file as it lies in the slot, in parts."""
+    part_bytes = fmt.part_bytes_for(image.size)
+    starts = range(0, max(1, image.size), part_bytes)
+    inside = slot[image.offset : image.offset + image.size]
+    return Content(image.name, part_bytes, [Part(inside[at : at + part_bytes]) for at in starts])
 
 
-def _submit(pool: ThreadPoolExecutor, parts: Sequence[memoryview]) -> list[Callable[[], bytes]]:
-    def digest(part: memoryview) -> bytes:
-        return sha256(part).digest()
-
-    try:
-        return [pool.submit(digest, part).result for part in parts]
-    except RuntimeError:  # the interpreter is shutting down and starts no more threads
-        return [partial(digest, part) for part in parts]
+def _entry(image: FileImage, content: Content, digests: Sequence[bytes]) -> FileEntry:
+    hexed = tuple(digest.hex() for digest in digests)
+    return FileEntry(image.name, image.size, content.part_bytes, hexed, fmt.file_digest(digests))

@@ -1,9 +1,9 @@
 """Where checkpoints live."""
 
-from runner.store.base import Staging, Store
+from runner.store.base import Content, Part, Staging, Store, Stored
 from runner.store.local import DirectoryStore
 
-__all__ = ["DirectoryStore", "Staging", "Store", "open_store"]
+__all__ = ["Content", "DirectoryStore", "Part", "Staging", "Store", "Stored", "open_store"]
 
 
 def open_store(location: str) -> Store:

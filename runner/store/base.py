@@ -7,14 +7,53 @@ file and exists from its commit on; everything else is one small object under on
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+
+class Part(NamedTuple):
+    """A stretch of a file, and its SHA-256 where that is known already."""
+
+    memory: memoryview
+    digest: bytes | None = None
+
+
+@dataclass(frozen=True)
+class Content:
+    """A file to be stored. All parts but the last are `part_bytes` long; there is at least one.
+
+    `parts` is gone through once, so it may be made as it is read.
+    """
+
+    name: str
+    part_bytes: int
+    parts: Iterable[Part]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a store says of an object without reading it.
+
+    `digest` is what a manifest calls a file's digest: hex SHA-256 of the object, or over the
+    digests of its parts if it has several. None where the store keeps no checksums.
+    """
+
+    size: int
+    digest: str | None = None
 
 
 class Staging(Protocol):
     """A checkpoint in the making. Exactly one of `commit` and `abort` ends it."""
 
-    def write(self, name: str, parts: Iterable[memoryview]) -> None:
-        """Store one file, part by part."""
+    def write(self, contents: Sequence[Content]) -> list[tuple[bytes, ...]]:
+        """Store files; the SHA-256 of each part of each. Every byte is hashed once at most."""
+
+    def copy(self, name: str, key: str, part_bytes: int, digests: Sequence[bytes]) -> None:
+        """Store a file that has the same bytes as a stored object, without moving them.
+
+        `digests` are those of its parts. NotFound if the object is gone; StoreError if the copy
+        turns out to be something else.
+        """
 
     def commit(self, name: str, manifest: bytes) -> None:
         """Write the manifest, and with it make this a checkpoint: durably, all at once.
@@ -27,15 +66,18 @@ class Staging(Protocol):
 
 
 class Store(Protocol):
-    """Where runs live. Every method raises StoreError if the store refuses or is out of reach."""
+    """Where runs live. Every method raises StoreError if the store refuses or is out of reach.
+
+    Methods may be called from several threads at once.
+    """
 
     url: str
 
     def read(self, key: str, limit: int) -> bytes:
         """The object. NotFound if there is none; StoreError if it is larger than `limit` bytes."""
 
-    def size(self, key: str) -> int:
-        """Bytes of an object. NotFound if there is none."""
+    def stored(self, key: str) -> Stored:
+        """Size and checksum of an object. NotFound if there is none."""
 
     def fetch(self, key: str, offset: int, into: memoryview) -> None:
         """Fill `into` from `offset` on. NotFound if there is no object; StoreError if it ends."""
@@ -50,7 +92,7 @@ class Store(Protocol):
         """Names directly below a prefix ("" is the root), sorted; nothing there is no error."""
 
     def delete(self, keys: Sequence[str]) -> None:
-        """Delete objects in this order. One that is not there is no error."""
+        """Delete objects, the first one before the others. One that is not there is no error."""
 
     def stage(self, prefix: str, owner: str) -> Staging:
         """Begin a checkpoint that will be at `prefix`; `owner` keeps two writers apart.
@@ -60,3 +102,9 @@ class Store(Protocol):
 
     def sweep(self, prefix: str, is_stale: Callable[[str], bool]) -> list[str]:
         """Remove stagings below `prefix` that were begun under a stale name and never ended."""
+
+    def hurry(self, deadline: float | None) -> None:
+        """From now on no call lasts beyond this moment (`CLOCK_MONOTONIC` seconds).
+
+        Calls that are under way hear of it too. None: there is no haste any more.
+        """

@@ -14,11 +14,15 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
 from pathlib import Path
 
 from runner.errors import NotFound, StoreError
+from runner.store.base import Content, Part, Stored
 
 _TEMPORARY = ".tmp-"
+_HASHING_THREADS = 2
 
 
 class DirectoryStore:
@@ -29,18 +33,18 @@ class DirectoryStore:
         self.url = str(root)
 
     def read(self, key: str, limit: int) -> bytes:
-        with self._errors(key), self._path(key).open("rb") as file:
+        with self.errors(key), self.path(key).open("rb") as file:
             data = file.read(limit + 1)
         if len(data) > limit:
             raise StoreError(f"{key} is larger than {limit} bytes")
         return data
 
-    def size(self, key: str) -> int:
-        with self._errors(key):
-            return self._path(key).stat().st_size
+    def stored(self, key: str) -> Stored:
+        with self.errors(key):
+            return Stored(self.path(key).stat().st_size)
 
     def fetch(self, key: str, offset: int, into: memoryview) -> None:
-        with self._errors(key), self._path(key).open("rb", buffering=0) as file:
+        with self.errors(key), self.path(key).open("rb", buffering=0) as file:
             file.seek(offset)
             done = 0
             while done < len(into):
@@ -50,8 +54,8 @@ class DirectoryStore:
                 done += count
 
     def create(self, key: str, data: bytes) -> bool:
-        path = self._path(key)
-        with self._errors(key), self._temporary(path, data) as temporary:
+        path = self.path(key)
+        with self.errors(key), self._temporary(path, data) as temporary:
             try:
                 os.link(temporary, path)
             except FileExistsError:
@@ -60,15 +64,15 @@ class DirectoryStore:
         return True
 
     def replace(self, key: str, data: bytes) -> None:
-        path = self._path(key)
-        with self._errors(key), self._temporary(path, data) as temporary:
+        path = self.path(key)
+        with self.errors(key), self._temporary(path, data) as temporary:
             temporary.replace(path)
             _fsync_directory(path.parent)
 
     def children(self, prefix: str) -> list[str]:
-        with self._errors(prefix):
+        with self.errors(prefix):
             try:
-                folder = self._path(prefix) if prefix else self.root
+                folder = self.path(prefix) if prefix else self.root
                 names = [path.name for path in folder.iterdir()]
             except FileNotFoundError:
                 return []
@@ -76,40 +80,43 @@ class DirectoryStore:
 
     def delete(self, keys: Sequence[str]) -> None:
         for key in keys:
-            path = self._path(key)
-            with self._errors(key):
+            path = self.path(key)
+            with self.errors(key):
                 path.unlink(missing_ok=True)
                 # A directory store has no empty prefixes, as S3 has none.
                 with contextlib.suppress(OSError):
                     path.parent.rmdir()
 
     def stage(self, prefix: str, owner: str) -> StagedDirectory:
-        final = self._path(prefix)
+        final = self.path(prefix)
         staged = final.with_name(f"{_TEMPORARY}{final.name}-{owner}")
-        with self._errors(prefix):
+        with self.errors(prefix):
             _make_directories(staged.parent)
             shutil.rmtree(staged, ignore_errors=True)  # of this owner, whose abort failed
             staged.mkdir()
-        return StagedDirectory(staged, final)
+        return StagedDirectory(self, staged, final)
 
     def sweep(self, prefix: str, is_stale: Callable[[str], bool]) -> list[str]:
         removed = []
-        with self._errors(prefix):
-            for path in self._path(prefix).glob(f"{_TEMPORARY}*"):
+        with self.errors(prefix):
+            for path in self.path(prefix).glob(f"{_TEMPORARY}*"):
                 name, _, _ = path.name.removeprefix(_TEMPORARY).rpartition("-")
                 if is_stale(name):
                     shutil.rmtree(path, ignore_errors=True)
                     removed.append(path.name)
         return removed
 
-    def _path(self, key: str) -> Path:
+    def hurry(self, deadline: float | None) -> None:
+        """A file system cannot be hurried: its calls end when they end."""
+
+    def path(self, key: str) -> Path:
         parts = key.split("/")
         if not key or any(part in ("", ".", "..") or "\0" in part for part in parts):
             raise StoreError(f"{key!r} is no key")
         return self.root.joinpath(*parts)
 
     @contextlib.contextmanager
-    def _errors(self, key: str) -> Iterator[None]:
+    def errors(self, key: str) -> Iterator[None]:
         try:
             yield
         except (FileNotFoundError, NotADirectoryError) as error:
@@ -132,19 +139,22 @@ class DirectoryStore:
 class StagedDirectory:
     """A checkpoint in a directory of its own that is renamed into place."""
 
-    def __init__(self, staged: Path, final: Path) -> None:
-        self._staged, self._final = staged, final
+    def __init__(self, store: DirectoryStore, staged: Path, final: Path) -> None:
+        self._store, self._staged, self._final = store, staged, final
 
-    def write(self, name: str, parts: Iterable[memoryview]) -> None:
-        if name in (".", "..") or "/" in name or "\0" in name:
-            raise StoreError(f"{name!r} is no plain file name")
-        try:
-            _write_durably(self._staged / name, parts)
-        except OSError as error:
-            raise StoreError(f"{self._final}/{name}: {error.strerror or error}") from error
+    def write(self, contents: Sequence[Content]) -> list[tuple[bytes, ...]]:
+        """One file after another, as a disk likes it; hashed on threads while it is written."""
+        with ThreadPoolExecutor(_HASHING_THREADS, "hash") as pool:
+            return [self._write(content, pool) for content in contents]
+
+    def copy(self, name: str, key: str, part_bytes: int, digests: Sequence[bytes]) -> None:
+        """A hard link, so both files are the same bytes on the disk."""
+        with self._store.errors(key):
+            os.link(self._store.path(key), self._path(name))
 
     def commit(self, name: str, manifest: bytes) -> None:
-        self.write(name, [memoryview(manifest)])
+        with self._errors(name):
+            _write_durably(self._path(name), [memoryview(manifest)])
         try:
             _fsync_directory(self._staged)
             os.rename(self._staged, self._final)  # noqa: PTH104 - never over a full directory
@@ -158,6 +168,45 @@ class StagedDirectory:
 
     def abort(self) -> None:
         shutil.rmtree(self._staged, ignore_errors=True)
+
+    def _write(self, content: Content, pool: ThreadPoolExecutor) -> tuple[bytes, ...]:
+        hashes: list[Callable[[], bytes]] = []
+
+        def noted() -> Iterator[memoryview]:
+            for part in content.parts:
+                hashes.append(_digest_of(part, pool))
+                yield part.memory
+
+        with self._errors(content.name):
+            _write_durably(self._path(content.name), noted())
+        return tuple(digest() for digest in hashes)
+
+    def _path(self, name: str) -> Path:
+        if name in (".", "..") or "/" in name or "\0" in name:
+            raise StoreError(f"{name!r} is no plain file name")
+        return self._staged / name
+
+    @contextlib.contextmanager
+    def _errors(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise StoreError(f"{self._final}/{name}: {error.strerror or error}") from error
+
+
+def _digest_of(part: Part, pool: ThreadPoolExecutor) -> Callable[[], bytes]:
+    """The part's SHA-256, being computed beside whatever comes next (hashlib frees the GIL)."""
+    if part.digest is not None:
+        known = part.digest
+        return lambda: known
+
+    def digest() -> bytes:
+        return sha256(part.memory).digest()
+
+    try:
+        return pool.submit(digest).result
+    except RuntimeError:  # the interpreter is shutting down and starts no more threads
+        return digest
 
 
 def _write_durably(path: Path, parts: Iterable[memoryview]) -> None:
