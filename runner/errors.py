@@ -5,7 +5,9 @@
     │   ├── JobError              the job file
     │   └── UnknownName           a run, a checkpoint or a subset that does not exist
     ├── StoreError                the store refuses, is out of reach, or is full
-    │   └── NotFound              a key that is not there
+    │   ├── NotFound              a key that is not there
+    │   ├── StoreDenied           a permission is missing
+    │   └── StoreUnfit            wrong bucket, region, endpoint, credentials or server
     ├── CheckpointError
     │   ├── CheckpointCorrupt     does not match its own manifest
     │   ├── CheckpointInvalid     a manifest that cannot be read or trusted
@@ -16,6 +18,7 @@
     ├── SpoolError                the spool is not usable
     │   ├── SpoolFull             no memory for a slot
     │   └── SpoolTaken            another process of the attempt has attached already
+    ├── Abandoned                 a save that gave way to a newer one
     └── Fenced                    a newer attempt has the run: exit code 76
 
 A message says where, what is wrong, and what to do next. Code branches on these types, never on
@@ -68,6 +71,25 @@ class NotFound(StoreError):
         super().__init__(f"{key} is not in the store")
 
 
+class StoreDenied(StoreError):
+    """The store knows who asks, and does not allow it. `action` is the permission missing."""
+
+    def __init__(self, where: str, action: str, resource: str) -> None:
+        self.where, self.action, self.resource = where, action, resource
+        super().__init__(
+            f"{where}: access is denied: the credentials lack {action} on {resource}; "
+            "add it to the policy of their user or role, or to the bucket's"
+        )
+
+
+class StoreUnfit(StoreError):
+    """The store cannot be used as it is set up, and asking again does not help."""
+
+    def __init__(self, where: str, problem: str, remedy: str) -> None:
+        self.where, self.problem, self.remedy = where, problem, remedy
+        super().__init__(f"{where}: {problem}; {remedy}")
+
+
 class CheckpointError(RunnerError):
     """Something is wrong with a saved checkpoint."""
 
@@ -117,6 +139,10 @@ class SpoolFull(SpoolError):
 
 class SpoolTaken(SpoolError):
     """Another process of the same attempt has attached already."""
+
+
+class Abandoned(RunnerError):
+    """A save gave way to that of a newer state; what it held is still in its slot."""
 
 
 class Fenced(RunnerError):

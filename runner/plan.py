@@ -22,10 +22,20 @@ class BestMetric:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """When to save, and into how many slots. Intervals that are None do not apply.
+class Interval:
+    """When to save: whichever comes first; what is None does not apply."""
 
-    With `every_auto` the supervisor gives the interval, on the board. `snapshot_steps` None is to
+    steps: int | None = None
+    minutes: float | None = None
+    epochs: int | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """When to save, and into how many slots.
+
+    `every` is for the full state, `weights_every` for the weights alone. With `every_auto` the
+    supervisor gives the interval, on the board. `snapshot_steps` None is to
     find out.
     `disk` is where a slot goes that memory is too short for; with 0 slots there is only that one.
     `hold_at_step` makes the trainer wait at the first boundary with at least this step until it is
@@ -36,9 +46,8 @@ class Plan:
     attempt: int
     output_dir: str
     disk: str = ""
-    every_steps: int | None = None
-    every_minutes: float | None = None
-    every_epochs: int | None = None
+    every: Interval = Interval()
+    weights_every: Interval = Interval()
     every_auto: bool = False
     snapshot_steps: int | None = None
     slots: int = 2
@@ -57,6 +66,8 @@ class Plan:
             fields = dict(document or {})
             best = fields.get("best")
             fields["best"] = None if best is None else BestMetric(**best)
+            fields["every"] = Interval(**fields["every"])
+            fields["weights_every"] = Interval(**fields["weights_every"])
             fields["health_metrics"] = tuple(fields["health_metrics"])
             return cls(**fields)
         except (TypeError, KeyError) as error:

@@ -34,7 +34,7 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -42,6 +42,7 @@ from typing import IO, Any
 
 from runner.errors import SpoolError, SpoolFull, SpoolTaken
 
+SPOOL_PREFIX = "runner-"
 _BOARD_BYTES = 4096
 _MAGIC = 0x52554E4E4552_0001  # "RUNNER", version 1
 _MAX_JSON_BYTES = 64 << 20
@@ -113,6 +114,7 @@ class Board:
     supervisor_ns = _Word(69)
     persisted_step = _Word(70)  # newest durable step, plus one; 0 is none
     interval_ms = _Word(71)  # between two saves, where the job leaves it to the supervisor
+    prepared = _Word(72)  # 1 when what the attempt begins from lies in the spool
 
     def __init__(self, path: Path) -> None:
         with path.open("r+b") as file:
@@ -152,10 +154,18 @@ class Board:
 
 
 @dataclass(frozen=True)
+class Weights:
+    """That of a slot only these components are to be stored, and under which number of a save."""
+
+    save: int
+    components: Sequence[str]
+
+
+@dataclass(frozen=True)
 class Marker:
     """A complete slot: a moment of the run (plain JSON, see `manifest.Moment`) and its images.
 
-    `must` says that it is to be persisted whatever comes after it.
+    `must` says that it is to be persisted whatever comes after it; with `weights`, not all of it.
     """
 
     slot: int
@@ -163,6 +173,7 @@ class Marker:
     moment: Mapping[str, Any]
     images: Sequence[Mapping[str, Any]]
     facts: Mapping[str, Any]
+    weights: Weights | None = None
 
     @property
     def order(self) -> tuple[int, int]:
@@ -292,11 +303,18 @@ class RankSpool:
         """End a claim: the slot is free."""
         (self.folder / f"slot-{slot}.claimed.json").unlink(missing_ok=True)
 
-    def recover_claims(self) -> None:
-        """Give back what a supervisor that is dead by now had claimed."""
+    def claimed(self) -> list[Marker]:
+        """Markers of the slots that are claimed, by whomever."""
+        paths = self.folder.glob("slot-[0-9].claimed.json")
+        return [marker for marker in map(read_marker, paths) if marker is not None]
+
+    def recover_claims(self, held: Collection[int] = ()) -> None:
+        """Give back what a supervisor that is dead by now had claimed; `held` are its heir's."""
         for path in self.folder.glob("slot-[0-9].claimed.json"):
-            marker = read_marker(path)
-            self.give_back(int(path.name[5]), must=marker is not None and marker.must)
+            slot = int(path.name[5])
+            if slot not in held:
+                marker = read_marker(path)
+                self.give_back(slot, must=marker is not None and marker.must)
 
     # ------------------------------------------------------------------ messages
 
@@ -325,18 +343,30 @@ class Spool:
 
     def open(self) -> None:
         """Create it or take over what is there. SpoolTaken if a living supervisor has it."""
+        for _ in range(_LOCK_TRIES):
+            self._create()
+            lock = _locked(self.path / "lock")
+            if lock is not None and _is_at(lock, self.path / "lock"):
+                self._lock = lock
+                self.rank.folder.mkdir(mode=0o700, exist_ok=True)
+                return
+            if lock is None and self.path.exists():
+                break
+            # Another supervisor has just taken it out of the way, as one that nobody came for.
+        raise SpoolTaken(f"{self.path} is in use by another supervisor on this host")
+
+    def _create(self) -> None:
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
             status = self.path.lstat()
+            if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+                raise SpoolError(f"{self.path} belongs to somebody else; set RUNNER_SPOOL_ROOT")
+            self.path.chmod(0o700)
         except OSError as error:
-            raise SpoolError(f"{self.path} cannot be made: {error.strerror}") from error
-        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
-            raise SpoolError(f"{self.path} belongs to somebody else; set RUNNER_SPOOL_ROOT")
-        self.path.chmod(0o700)
-        self._lock = _locked(self.path / "lock") or _raise(
-            SpoolTaken(f"{self.path} is in use by another supervisor on this host")
-        )
-        self.rank.folder.mkdir(mode=0o700, exist_ok=True)
+            raise SpoolError(
+                f"{self.path} cannot be made: {error.strerror}; set RUNNER_SPOOL_ROOT to a "
+                "directory in memory that can be written"
+            ) from error
 
     def write_plan(self, plan: Mapping[str, Any]) -> None:
         """Tell the trainer what it must know of the job."""
@@ -383,7 +413,7 @@ def spool_path(run_id: str, store_url: str, root: str | None = None) -> Path:
         usable = shared_memory.is_dir() and os.access(shared_memory, os.W_OK)
         root = str(shared_memory) if usable else tempfile.gettempdir()
     where = hashlib.sha256(store_url.encode()).hexdigest()[:8]
-    return Path(root) / f"runner-{os.geteuid()}-{run_id}-{where}"
+    return Path(root) / f"{SPOOL_PREFIX}{os.geteuid()}-{run_id}-{where}"
 
 
 # ---------------------------------------------------------------------------- slots
@@ -435,11 +465,18 @@ def read_marker(path: Path) -> Marker | None:
             moment=dict(content["moment"]),
             images=list(content["images"]),
             facts=dict(content["facts"]),
+            weights=_weights(content.get("weights")),
         )
         _ = marker.order
     except (KeyError, TypeError, ValueError, OverflowError):
         return None
     return marker
+
+
+def _weights(content: Mapping[str, Any] | None) -> Weights | None:
+    if content is None:
+        return None
+    return Weights(int(content["save"]), [str(name) for name in content["components"]])
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -472,7 +509,12 @@ def _replace(path: Path, content: bytes) -> None:
 
 def _locked(path: Path) -> IO[bytes] | None:
     """The file, locked for as long as it is open; None if another process has the lock."""
-    file = path.open("ab")
+    try:
+        file = path.open("ab")
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise SpoolError(f"{path} cannot be opened: {error.strerror}") from error
     for attempt in range(_LOCK_TRIES):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -483,6 +525,14 @@ def _locked(path: Path) -> IO[bytes] | None:
             return file
     file.close()
     return None
+
+
+def _is_at(file: IO[bytes], path: Path) -> bool:
+    """Whether an open file is still the one that its path names."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except OSError:
+        return False
 
 
 def is_locked(path: Path) -> bool:

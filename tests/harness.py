@@ -163,6 +163,7 @@ class Stage:
         resumption = keeper.restore(origin=self.origin)
         if resumption is not None and self.archive.names():
             self.ledger.update(resumed_from=str(resumption.moment.name))
+        board.prepared = 1
         plan = Plan(
             RUN_ID,
             record.attempt,

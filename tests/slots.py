@@ -139,8 +139,11 @@ def file_entry(name: str, content: bytes, part_bytes: int = 16 << 20) -> FileEnt
 def commit(store: DirectoryStore, taken: Snapshot, run_id: str = RUN) -> Manifest:
     """Make a snapshot a checkpoint, whoever has the run."""
     persister = Persister(store, Ledger(store, run_id, "0123456789abcdef"), Keep())
-    images, memory = lay_out(taken.files)
-    return persister.persist(taken.moment, images, memoryview(memory))
+    return persister.persist(taken.moment, views(taken.files))
+
+
+def views(files: Mapping[str, bytes]) -> dict[str, memoryview]:
+    return {name: memoryview(content) for name, content in files.items()}
 
 
 def checkpoint_folder(store: DirectoryStore, name: str, run_id: str = RUN) -> Path:

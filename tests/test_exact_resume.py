@@ -30,8 +30,8 @@ from tqdm import tqdm
 import runner
 from runner.checkpoint.keeper import Origin
 from runner.errors import CaptureError, RestoreError, SpoolTaken, UnknownName
-from runner.plan import BestMetric
-from runner.training import course as course_module
+from runner.plan import BestMetric, Interval
+from runner.training import rhythm as rhythm_module
 from tests.harness import INTERRUPT, KILL, PREEMPT, Life, Played, Script, Stage, Strike
 from tests.slots import memory_folder
 
@@ -232,7 +232,7 @@ def test_whatever_befalls_a_run_it_ends_with_the_bits_of_an_undisturbed_one(
     undisturbed: tuple[str, Any, dict[Any, Any]], strikes: list[Strike]
 ) -> None:
     with memory_folder() as folder:
-        stage = Stage(folder, every_steps=2)
+        stage = Stage(folder, every=Interval(steps=2))
         stage.facts = dict(undisturbed[2])
 
         played = stage.play(everything, strikes)
@@ -1014,7 +1014,7 @@ def plain(life: Life) -> Any:
 
 
 def test_a_checkpoint_every_n_steps() -> None:
-    assert triggers_of(plain, every_steps=5) == [
+    assert triggers_of(plain, every=Interval(steps=5)) == [
         (5, 1, ("interval",)),
         (10, 2, ("interval",)),
         (12, 3, ("final",)),
@@ -1022,7 +1022,10 @@ def test_a_checkpoint_every_n_steps() -> None:
 
 
 def test_a_checkpoint_every_n_epochs_is_made_when_validation_is_over() -> None:
-    assert triggers_of(plain, every_epochs=2) == [(8, 2, ("interval",)), (12, 3, ("final",))]
+    assert triggers_of(plain, every=Interval(epochs=2)) == [
+        (8, 2, ("interval",)),
+        (12, 3, ("final",)),
+    ]
 
 
 def test_a_step_that_ends_by_a_break_counts_for_the_interval() -> None:
@@ -1035,7 +1038,7 @@ def test_a_step_that_ends_by_a_break_counts_for_the_interval() -> None:
                 if i == 1:
                     break
 
-    made = triggers_of(script, every_steps=2)
+    made = triggers_of(script, every=Interval(steps=2))
     assert made == [(2, 1, ("interval",)), (4, 2, ("final", "interval"))]
 
 
@@ -1053,9 +1056,61 @@ def test_a_checkpoint_every_n_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
             kit.train(batch, run.step)
             now[0] += 31
 
-    monkeypatch.setattr(course_module, "time", Clock)
-    made = triggers_of(script, every_minutes=2)
+    monkeypatch.setattr(rhythm_module, "time", Clock)
+    made = triggers_of(script, every=Interval(minutes=2))
     assert [step for step, _, triggers in made if "interval" in triggers] == [4, 8]
+
+
+def scopes_of(script: Script, **options: Any) -> list[tuple[int, str]]:
+    with memory_folder() as folder:
+        stage = Stage(folder, **options)
+        stage.play(script)
+        return [(manifest.moment.step, manifest.moment.scope) for manifest in stage.manifests()]
+
+
+def test_weights_have_a_rhythm_of_their_own_and_are_never_stored_beside_a_full_state() -> None:
+    every, weights = Interval(epochs=2), Interval(epochs=1)
+    epoch = [BATCHES, 2 * BATCHES, 3 * BATCHES]
+
+    assert scopes_of(plain, every=every, weights_every=weights) == [
+        (epoch[0], "weights"),
+        (epoch[1], "full"),
+        (epoch[2], "full"),
+    ]
+    assert scopes_of(plain, every=every, weights_every=Interval(steps=3)) == [
+        (3, "weights"),
+        (6, "weights"),
+        (epoch[1], "full"),
+        (9, "weights"),
+        (epoch[2], "weights"),  # after its last step, and then its end
+        (epoch[2], "full"),
+    ]
+
+
+def test_weights_alone_can_be_loaded_and_the_run_resumes_from_its_full_state() -> None:
+    def script(life: Life) -> Any:
+        kit = Kit(life)
+        run = kit.attach()
+        for epoch in run.epochs(3):
+            for i, batch in enumerate(run.batches(kit.loader)):
+                kit.train(batch, (epoch, i))
+            life.fact(("weights", epoch), kit.model[0].weight.tolist())
+            life.here("end")
+        steps = kit.optimizer.state_dict()["state"]
+        with pytest.raises((RestoreError, UnknownName), match="optimizer"):
+            run.load(str(2 * BATCHES), components=["model", "optimizer"])
+        run.load(str(2 * BATCHES), components=["model"])
+        assert kit.optimizer.state_dict()["state"] == steps
+        return kit.model[0].weight.tolist(), life.facts[("weights", 1)]
+
+    for strikes in ([], [Strike("end", 1)]):
+        with memory_folder() as folder:
+            stage = Stage(folder, weights_every=Interval(epochs=1), snapshot_steps=1)
+            loaded, saved = stage.play(script, strikes).result
+            assert loaded == saved
+            first = ("full", ("preemption",)) if strikes else ("weights", ("interval",))
+            made = [(m.moment.scope, m.moment.triggers) for m in stage.manifests()]
+            assert made == [first, ("weights", ("interval",)), ("full", ("final",))]
 
 
 def test_run_save_makes_one_at_the_next_boundary() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from slots import FOREIGN_NAMES, RUN, checkpoint_folder, commit, file_entry, lay_out, snapshot
+from slots import FOREIGN_NAMES, RUN, checkpoint_folder, commit, file_entry, snapshot, views
 
 from runner.checkpoint import manifest as module
 from runner.checkpoint.archive import Archive
@@ -390,9 +390,8 @@ def test_no_environment_goes_into_a_manifest(
     store, taken = DirectoryStore(tmp_path), snapshot()
     facts = collect(tmp_path, [sys.executable, "train.py", "--api-key=s3cr3t-of-mine"])
     persister = Persister(store, Ledger(store, RUN, "0" * 16), Keep(), lambda: facts)
-    images, memory = lay_out(taken.files)
 
-    persister.persist(taken.moment, images, memoryview(memory), {"torch": "2.6"})
+    persister.persist(taken.moment, views(taken.files), {"torch": "2.6"})
 
     text = (checkpoint_folder(store, taken.name) / "manifest.json").read_text()
     provenance = json.loads(text)["provenance"]

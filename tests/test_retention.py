@@ -239,7 +239,7 @@ def test_what_is_half_deleted_goes(store: DirectoryStore) -> None:
     saved = [commit(store, snapshot(save=n)).name for n in (1, 2)]
     (checkpoint_folder(store, saved[0]) / "manifest.json").unlink()
 
-    assert Persister(store, claimed(store), Keep(last=5)).retain() == [saved[0]]
+    assert Persister(store, claimed(store), Keep(last=5)).sweep() == [saved[0]]
     assert names(store) == [saved[1]]
 
 
@@ -247,7 +247,7 @@ def test_files_that_are_newer_than_any_checkpoint_may_be_an_upload(store: Direct
     saved = [commit(store, snapshot(save=n)).name for n in (1, 2)]
     (checkpoint_folder(store, saved[1]) / "manifest.json").unlink()
 
-    assert Persister(store, claimed(store), Keep(last=5)).retain() == []
+    assert Persister(store, claimed(store), Keep(last=5)).sweep() == []
     assert names(store) == saved
 
 
@@ -345,7 +345,7 @@ def must_survive(moments: Sequence[Moment], keep: Keep) -> set[CheckpointName]:
     """What the rules keep, said once more, and more clumsily."""
     by_age = sorted(moments, key=lambda m: (m.attempt, m.save))
     full = [m for m in by_age if m.scope == "full"]
-    kept = by_age[-keep.last :] if keep.last else []
+    kept = full[-keep.last :] + [m for m in by_age if m.scope == "weights"][-keep.last :]
     kept += full[-1:] + [m for m in full if m.healthy][-1:]
     if keep.best_metric:
         have = [m for m in by_age if math.isfinite(m.metrics.get(keep.best_metric, NAN))]

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import stat
+import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -95,7 +96,7 @@ WORDS = {name: word._index for name, word in vars(Board).items() if isinstance(w
 def test_every_field_has_a_word_of_its_own_in_the_block_of_its_writer() -> None:
     supervisors = {
         "request_number", "request_kind", "request_why", "deadline_ns", "supervisor_pid",
-        "supervisor_ns", "persisted_step", "interval_ms",
+        "supervisor_ns", "persisted_step", "interval_ms", "prepared",
     }  # fmt: skip
 
     assert len(set(WORDS.values())) == len(WORDS)
@@ -777,3 +778,11 @@ def test_a_slot_that_is_claimed_is_not_moved_to_disk(rank: RankSpool, tmp_path: 
     assert not rank.put_on_disk(0, tmp_path / "disk")
 
     assert read_slot(rank, marker) == NEW.files
+
+
+def test_a_spool_on_a_file_system_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "memory", "1m") as folder:
+        subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
+
+        with pytest.raises(SpoolError, match=r"spool cannot be made: Read-only.*RUNNER_SPOOL_ROOT"):
+            Spool(folder / "spool").open()

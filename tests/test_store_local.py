@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from slots import RUN, Snapshot, checkpoint_folder, lay_out, memory_folder, small_disk, snapshot
+from slots import RUN, Snapshot, checkpoint_folder, memory_folder, small_disk, snapshot, views
 
 from runner.checkpoint.archive import Archive
 from runner.checkpoint.attempts import Ledger
@@ -582,8 +582,7 @@ def save(store: DirectoryStore, taken: Snapshot, owner: str, keep: Keep) -> None
     ledger.claim("node")
     persister = Persister(store, ledger, keep)
     persister.sweep()
-    images, memory = lay_out(taken.files)
-    manifest = persister.persist(taken.moment, images, memoryview(memory))
+    manifest = persister.persist(taken.moment, views(taken.files))
     ledger.update(committed=manifest.name)
     persister.retain()
 

@@ -2,6 +2,7 @@
 
     <run>/run.json                 the job as submitted, provenance, created at
     <run>/attempts/000012.json     one life of the trainer: owner, node, start, end, outcome
+    <run>/latest.json              the last commit, see `latest`
 
 An attempt begins by creating its record if absent, so two supervisors never get the same number.
 Before every commit and every deletion a supervisor asks for the next number: if it exists and is
@@ -11,11 +12,13 @@ another supervisor's, this one is stale and stops writing.
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from typing import Any
 
+from runner.checkpoint.latest import Latest, read_latest, write_latest
 from runner.errors import Fenced, NotFound, StoreError
 from runner.store import Store
 
@@ -31,8 +34,8 @@ def utc_now() -> str:
 class AttemptRecord:
     """One attempt as the store remembers it; the outcome is None until it has ended.
 
-    A record whose supervisor was killed keeps the last state that was written: what it began from
-    and the last checkpoint it committed. Times are ISO 8601 in UTC, durations seconds.
+    A record whose supervisor was killed keeps what it began from and the last checkpoint that it
+    committed. Times are ISO 8601 in UTC, durations seconds.
     """
 
     attempt: int
@@ -71,6 +74,7 @@ class Ledger:
     def __init__(self, store: Store, run_id: str, owner: str) -> None:
         self._store, self.run_id, self.owner = store, run_id, owner
         self.record: AttemptRecord | None = None
+        self._changing = threading.Lock()
 
     def run(self) -> dict[str, Any] | None:
         """`run.json`, or None if the run does not exist."""
@@ -95,35 +99,48 @@ class Ledger:
 
     def records(self) -> list[AttemptRecord]:
         """All attempts, oldest first; StoreError if a record is unreadable."""
-        found = []
-        for number in self._numbers():
-            record = self._read(number)
-            if record is not None:
-                found.append(record)
-        return found
+        latest = read_latest(self._store, self.run_id)
+        records = map(self._read, self._numbers())
+        return [_with_commit(record, latest) for record in records if record is not None]
 
     def latest(self) -> AttemptRecord | None:
         """The newest attempt, whoever has it."""
         numbers = self._numbers()
-        return self._read(numbers[-1]) if numbers else None
+        record = self._read(numbers[-1]) if numbers else None
+        return record and _with_commit(record, read_latest(self._store, self.run_id))
 
     def claim(self, node: str) -> AttemptRecord:
         """Begin the next attempt. Its number is this owner's alone."""
         number = max(self._numbers(), default=0) + 1
+        self._complete(number - 1)
         while True:
             record = AttemptRecord(number, self.owner, node, utc_now())
             if self._store.create(self._key(number), record.to_json()):
-                self.record = record
+                with self._changing:
+                    self.record = record
                 return record
             number += 1
 
     def update(self, **changes: Any) -> AttemptRecord:
         """Change the record of the attempt that was claimed last."""
-        if self.record is None:
-            raise StoreError("no attempt has been claimed")
-        self.record = replace(self.record, **changes)
-        self._store.replace(self._key(self.record.attempt), self.record.to_json())
-        return self.record
+        with self._changing:
+            if self.record is None:
+                raise StoreError("no attempt has been claimed")
+            self.record = replace(self.record, **changes)
+            self._store.replace(self._key(self.record.attempt), self.record.to_json())
+            return self.record
+
+    def committed(self, checkpoint: str, step: int) -> None:
+        """Note a commit of this attempt: one small write, into `latest.json`.
+
+        The attempt's own record has it from its next change on.
+        """
+        with self._changing:
+            if self.record is None:
+                raise StoreError("no attempt has been claimed")
+            self.record = replace(self.record, committed=checkpoint, saved_step=step)
+            latest = Latest(self.record.attempt, self.owner, checkpoint, step)
+        write_latest(self._store, self.run_id, latest)
 
     def check_fence(self) -> None:
         """Fenced if a newer attempt is another supervisor's."""
@@ -132,6 +149,13 @@ class Ledger:
         newer = self._read(self.record.attempt + 1)
         if newer is not None and newer.owner != self.owner:
             raise Fenced(self.run_id, newer.attempt, newer.owner)
+
+    def _complete(self, number: int) -> None:
+        """Write into the record before this attempt what its supervisor has only left a hint of."""
+        latest = read_latest(self._store, self.run_id)
+        record = self._read(number) if latest is not None and latest.attempt == number else None
+        if record is not None and _with_commit(record, latest) != record:
+            self._store.replace(self._key(number), _with_commit(record, latest).to_json())
 
     def _numbers(self) -> list[int]:
         names = self._store.children(f"{self.run_id}/attempts")
@@ -146,6 +170,13 @@ class Ledger:
             return AttemptRecord.from_json(self._store.read(self._key(number), _MAX_RECORD_BYTES))
         except NotFound:
             return None
+
+
+def _with_commit(record: AttemptRecord, latest: Latest | None) -> AttemptRecord:
+    """The record with the last commit in it, if that was this attempt's."""
+    if latest is None or (latest.attempt, latest.owner) != (record.attempt, record.owner):
+        return record
+    return replace(record, committed=latest.checkpoint, saved_step=latest.step)
 
 
 def _dump(document: Mapping[str, Any]) -> bytes:

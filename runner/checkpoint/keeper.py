@@ -1,12 +1,14 @@
 """Between the spool and the store: persists slots, restores attempts, answers requests.
 
-One keeper serves one rank. The supervisor drives it on a thread of its own; a script without a
-supervisor has one inside it. Its methods are called one at a time and may take long.
+One keeper serves one rank. The supervisor drives it on threads of its own; a script without a
+supervisor has one inside it. Its methods may take long. Saving may go on beside the rest: only
+one save at a time, and what it is made from may be restored from meanwhile.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -15,11 +17,14 @@ from typing import Any
 
 from runner.checkpoint import format as fmt
 from runner.checkpoint.archive import Archive
+from runner.checkpoint.claims import Claims
 from runner.checkpoint.format import CheckpointName, FileImage
 from runner.checkpoint.manifest import Manifest, Moment, moment_from_json, moment_to_json
 from runner.checkpoint.persist import Persister
 from runner.checkpoint.restore import Loaded, load, load_newest
+from runner.checkpoint.weights import weights_alone
 from runner.errors import (
+    Abandoned,
     CheckpointError,
     CheckpointInvalid,
     Fenced,
@@ -27,9 +32,10 @@ from runner.errors import (
     RunnerError,
     SpoolFull,
     StoreError,
+    UsageError,
 )
 from runner.memory import available_bytes, slots_that_fit
-from runner.spool import Marker, RankSpool, open_slot, read_json, view_slot
+from runner.spool import Marker, RankSpool, open_slot, read_marker, view_slot
 
 log = logging.getLogger(__name__)
 
@@ -81,8 +87,11 @@ class Keeper:
         self._rank, self._persister, self._archive = rank, persister, archive
         self._best, self._prefer_healthy = best, prefer_healthy
         self._disk, self._always_disk = disk, always_disk
+        self._claims = Claims(rank)
         self._durable = _NEVER
         self._restoring: Marker | None = None
+        self._saving = threading.RLock()
+        self._awaited: tuple[int, int] | None = None
 
     # ------------------------------------------------------------------ restoring
 
@@ -97,20 +106,26 @@ class Keeper:
         NoValidCheckpoint, StoreError or SpoolFull.
         """
         begun = time.monotonic()
-        self._rank.recover_claims()
+        self._let_go()
+        self._persister.look_again()
+        self._claims.recover()
         self._drop_foreign()
-        newest = next(self._archive.manifests(), None)
-        self._durable = _NEVER if newest is None else newest.moment.name
+        newest = next((m for m in self._archive.manifests() if m.moment.scope == "full"), None)
+        stored = _NEVER if newest is None else newest.moment.name
         source = "slot"
-        held = None if go_back or which else self._newest_slot(self._durable)
+        held = None if go_back or which else self._newest_slot(stored)
         if held is None:
             source = "store"
             named = self._find(self._archive, which) if which else None
-            # Whatever is in the slots is older, or is what the run goes back from.
-            self._rank.forget()
-            held = self._from_store(go_back) if named is None else self._named(named)
-        if held is None and origin is not None:
-            held = self._from_origin(origin)
+            with self._saving:  # what is being saved is not overwritten
+                # Whatever is in the slots is older, or is what the run goes back from.
+                self._rank.forget()
+                self._durable = stored
+                held = self._from_store(go_back) if named is None else self._named(named)
+                if held is None and origin is not None:
+                    held = self._from_origin(origin)
+        else:
+            self._durable = max(self._durable, stored)
         if held is None:
             return None
         marker, moment = held
@@ -120,46 +135,44 @@ class Keeper:
 
     def restored(self) -> None:
         """The trainer has its state: the slot that it came from may be used again."""
-        if self._restoring is None:
-            return
-        if _is_foreign(self._restoring):
-            self._rank.drop(self._restoring.slot)
-        else:
-            self._rank.give_back(self._restoring.slot, must=self._restoring.must)
-        self._restoring = None
+        self._let_go()
 
     def has_unsaved(self) -> bool:
         """Whether a slot holds something newer than what is durable."""
-        markers = self._rank.complete()
-        if self._restoring is not None and not _is_foreign(self._restoring):
-            markers.append(self._restoring)
         durable = (self._durable.attempt, self._durable.save)
-        return any(marker.must or marker.order > durable for marker in markers)
+        return any(marker.must or marker.order > durable for marker in self._own_slots())
+
+    def _let_go(self) -> None:
+        """End the claim on what was restored from, or was to be."""
+        marker, self._restoring = self._restoring, None
+        if marker is not None and _is_foreign(marker):
+            self._claims.drop(marker.slot)
+        elif marker is not None:
+            self._claims.release(marker.slot)
 
     def _drop_foreign(self) -> None:
         """Free the slots of another run's checkpoint that no trainer has come to take."""
-        self._restoring = None
         for marker in self._rank.complete():
             if _is_foreign(marker):
                 self._rank.withdraw(marker.slot)
 
     def _newest_slot(self, stored: CheckpointName) -> tuple[Marker, Moment] | None:
         """The newest complete slot, claimed, if it is at least as new as the store's newest."""
-        for found in reversed(self._rank.complete()):
+        for found in reversed(self._claims.complete()):
             if found.order < (stored.attempt, stored.save):
                 return None
-            marker = self._rank.claim(found.slot)
+            marker = self._claims.take(found.slot)
             if marker is None:
                 continue
             try:
-                moment, _, _ = self._read(marker)
+                moment, _ = self._read(marker)
             except CheckpointError as error:
                 log.error("%s; it is not used", error)
-                self._rank.drop(marker.slot)
+                self._claims.drop(marker.slot)
                 continue
             if moment.healthy or not self._prefer_healthy:
                 return marker, moment
-            self._rank.give_back(marker.slot, must=marker.must)
+            self._claims.release(marker.slot)
         return None
 
     def _from_store(self, go_back: int) -> tuple[Marker, Moment] | None:
@@ -173,6 +186,11 @@ class Keeper:
         return None if loaded is None else self._hold(loaded, {})
 
     def _named(self, manifest: Manifest) -> tuple[Marker, Moment]:
+        if manifest.moment.scope != "full":
+            raise UsageError(
+                f"{manifest.name} has the weights alone, and a run needs its full state: load from "
+                "it in the script with run.load(), or begin a new run with --components"
+            )
         loaded = load(self._archive, manifest, self._slot_memory)
         if loaded is None:
             raise NoValidCheckpoint(f"{manifest.name} is not sound and was put into quarantine")
@@ -204,63 +222,95 @@ class Keeper:
 
     def _hold(self, loaded: Loaded, facts: Mapping[str, Any]) -> tuple[Marker, Moment]:
         marker = _marker(0, loaded, facts)
-        self._rank.hold(marker)
+        self._claims.hold(marker)
         return marker, loaded.manifest.moment
 
     # ------------------------------------------------------------------ persisting
 
     def persist_due(self) -> list[Saved]:
-        """Persist every slot that must be, oldest first.
+        """Persist every slot that must be, oldest first, until a newer one is waited for.
 
         Raises Fenced, or StoreError with the slot given back, so that it may be tried again.
         """
-        saved = []
-        for marker in self._rank.complete():
-            if marker.must:
-                one = self._persist(marker.slot, ())
+        saved: list[Saved] = []
+        with self._saving:
+            for marker in self._claims.complete():
+                if not marker.must or self._gives_way(marker):
+                    continue
+                try:
+                    one = self._persist(marker.slot, ())
+                except Abandoned as error:
+                    log.info("%s", error)
+                    break
                 if one is not None:
                     saved.append(one)
         return saved
 
     def persist_newest(self, triggers: Sequence[str]) -> Saved | None:
-        """Persist the newest complete slot with these triggers added; None if it is durable."""
-        if self._restoring is not None and not _is_foreign(self._restoring):
-            self.restored()  # it may be the newest, and only the trainer could overwrite it
-        for marker in reversed(self._rank.complete()):
-            if not marker.must and marker.order <= (self._durable.attempt, self._durable.save):
-                return None
-            saved = self._persist(marker.slot, triggers)
-            if saved is not None:
-                return saved
+        """Persist the newest complete slot with these triggers added; None if it is durable.
+
+        An older one that is being persisted is abandoned, and waits in its slot.
+        """
+        complete = self._own_slots()
+        self._awaited = complete[-1].order if complete else None
+        try:
+            with self._saving:
+                for marker in reversed(self._own_slots()):  # what was waited for may be saved
+                    if not marker.must and marker.order <= self._durable[:2]:
+                        return None
+                    saved = self._persist(marker.slot, triggers, newest=True)
+                    if saved is not None:
+                        return saved
+        except Abandoned as error:
+            log.info("%s", error)
+        finally:
+            self._awaited = None
         return None
 
-    def _persist(self, slot: int, triggers: Sequence[str]) -> Saved | None:
+    def _own_slots(self) -> list[Marker]:
+        return [marker for marker in self._claims.complete() if not _is_foreign(marker)]
+
+    def _gives_way(self, marker: Marker) -> bool:
+        """Whether a newer state than this one is waited for."""
+        awaited = self._awaited
+        return awaited is not None and marker.order < awaited
+
+    def _persist(self, slot: int, triggers: Sequence[str], *, newest: bool = False) -> Saved | None:
+        """Persist a slot: all of it, or its weights alone if that is what it is for."""
         begun = time.monotonic()
-        marker = self._rank.claim(slot)
+        marker = self._claims.take(slot)
         if marker is None:
             return None
         try:
-            moment, images, memory = self._read(marker)
+            moment, files = self._read(marker)
         except CheckpointError as error:
             log.error("%s; it is not persisted", error)
-            self._rank.drop(slot)
+            self._claims.drop(slot)
             return None
         moment = replace(moment, triggers=tuple(sorted({*moment.triggers, *triggers})))
+        if marker.weights is not None and not newest:
+            moment = replace(
+                moment, save=marker.weights.save, scope="weights", triggers=("interval",)
+            )
+            files = weights_alone(files, marker.weights.components)
         try:
-            manifest = self._persister.persist(moment, images, memory, marker.facts)
+            manifest = self._persister.persist(
+                moment, files, marker.facts, lambda: self._gives_way(marker)
+            )
         except BaseException:
-            self._rank.give_back(slot, must=True)
+            self._claims.release(slot, must=True)
             raise
         durable_at = time.monotonic()
-        self._durable = max(self._durable, moment.name)
-        self._rank.give_back(slot)
+        if moment.scope == "full":
+            self._durable = max(self._durable, moment.name)
+        self._claims.release(slot, must=False)
         self._after_commit(manifest)
         return Saved(manifest, durable_at - begun, durable_at)
 
     def _after_commit(self, manifest: Manifest) -> None:
         """What may fail without harm to the checkpoint that is durable by now."""
         try:
-            self._persister.ledger.update(committed=manifest.name, saved_step=manifest.moment.step)
+            self._persister.ledger.committed(manifest.name, manifest.moment.step)
             gone = self._persister.retain()
         except StoreError as error:
             log.warning("after saving %s: %s", manifest.name, error)
@@ -268,7 +318,7 @@ class Keeper:
             for name in gone:
                 log.debug("deleted %s", name)
 
-    def _read(self, marker: Marker) -> tuple[Moment, list[FileImage], memoryview]:
+    def _read(self, marker: Marker) -> tuple[Moment, dict[str, memoryview]]:
         """What a marker says, checked against the slot. CheckpointInvalid if it lies."""
         where = f"slot-{marker.slot}"
         try:
@@ -280,20 +330,25 @@ class Keeper:
         except RunnerError as error:
             raise CheckpointInvalid(where, str(error)) from error
         fmt.check_images(images, len(memory), where)
-        for image in images:
-            if image.name.endswith(fmt.TENSOR_SUFFIX):
-                content = memory[image.offset : image.offset + image.size]
-                fmt.read_safetensors_header(content, f"{where}/{image.name}")
-        return moment, images, memory
+        files = {i.name: memory[i.offset : i.offset + i.size] for i in images}
+        for name, content in files.items():
+            if name.endswith(fmt.TENSOR_SUFFIX):
+                fmt.read_safetensors_header(content, f"{where}/{name}")
+        return moment, files
 
     # ------------------------------------------------------------------ requests
 
-    def answer(self) -> bool:
-        """Answer the trainer's request for a saved checkpoint, if there is one."""
+    def answer(self) -> list[Saved]:
+        """Answer the trainer's request for a saved checkpoint, if there is one.
+
+        Gives what had to be saved for it: the one that is asked for may be on its way.
+        """
         request = self._rank.take("fetch.json")
         if request is None:
-            return False
+            return []
+        saved: list[Saved] = []
         try:
+            saved = self.persist_due()
             reply = self._fetch(str(request.get("which")))
         except (RunnerError, OSError) as error:
             self._reply(request, {"error": str(error)})
@@ -301,25 +356,24 @@ class Keeper:
                 raise
         else:
             self._reply(request, reply)
-        return True
+        return saved
 
     def _reply(self, request: Mapping[str, Any], reply: Mapping[str, Any]) -> None:
         self._rank.send("fetched.json", {"number": request.get("number"), **reply})
 
     def _fetch(self, which: str) -> Mapping[str, Any]:
-        self.persist_due()  # the one that is asked for may be on its way
         manifest = self._find(self._archive, which)
         path = self._rank.folder / "fetched"
         loaded = load(self._archive, manifest, lambda nbytes: memoryview(open_slot(path, nbytes)))
         if loaded is None:
+            self._persister.look_again()
             raise NoValidCheckpoint(f"{manifest.name} is not sound and was put into quarantine")
         return asdict(_marker(0, loaded, {}))
 
 
 def read_restore(rank: RankSpool) -> Marker | None:
     """The trainer's side of `restore`: the slot to begin from, or None at the very start."""
-    content = read_json(rank.folder / "restore.json")
-    return None if content is None else Marker(**content)
+    return read_marker(rank.folder / "restore.json")
 
 
 def _is_foreign(marker: Marker) -> bool:

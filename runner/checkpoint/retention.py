@@ -18,7 +18,7 @@ from runner.store import Store
 
 @dataclass(frozen=True)
 class Keep:
-    """The last N, the best K of a metric, and every M-th epoch's end."""
+    """The last N of each scope, the best K of a metric, and every M-th epoch's end."""
 
     last: int = 3
     best_metric: str | None = None
@@ -39,11 +39,13 @@ def superfluous(
 ) -> list[Moment]:
     """What may go, oldest first. `protected` names stay: pinned, or restored from.
 
-    The newest full checkpoint always stays, and the newest healthy one, even behind N newer ones.
+    The last N are counted for full checkpoints and for weights alone, each by itself. The newest
+    full checkpoint always stays, and the newest healthy one, even behind N newer ones.
     """
     newest_first = sorted(moments, key=lambda m: m.name, reverse=True)
-    kept = {m.name for m in newest_first[: keep.last]}
     full = [m for m in newest_first if m.scope == "full"]
+    weights = [m for m in newest_first if m.scope != "full"]
+    kept = {m.name for m in full[: keep.last] + weights[: keep.last]}
     healthy = [m for m in full if m.healthy]
     kept.update(m.name for m in full[:1] + healthy[:1])
     if keep.best_metric is not None:
@@ -56,12 +58,15 @@ def superfluous(
     return [m for m in reversed(newest_first) if m.name not in kept]
 
 
-def delete_checkpoint(store: Store, ledger: Ledger, name: str) -> None:
-    """Delete one checkpoint, manifest first, unless a newer attempt has the run (Fenced)."""
+def delete_checkpoint(store: Store, ledger: Ledger, name: str, files: Sequence[str] = ()) -> None:
+    """Delete one checkpoint, manifest first, unless a newer attempt has the run (Fenced).
+
+    `files` are those of its manifest, where that is known; else the store is asked for them.
+    """
     ledger.check_fence()
     prefix = f"{ledger.run_id}/checkpoints/{name}"
-    files = [file for file in store.children(prefix) if file != MANIFEST_FILE]
-    store.delete([f"{prefix}/{file}" for file in [MANIFEST_FILE, *files]])
+    found = files or [file for file in store.children(prefix) if file != MANIFEST_FILE]
+    store.delete([f"{prefix}/{file}" for file in [MANIFEST_FILE, *found]])
 
 
 def pins(store: Store, run_id: str) -> set[str]:

@@ -35,15 +35,23 @@ class Death:
 
 
 def build_report(
-    store: Store, run_id: str, first: int, deaths: Sequence[Death], wall_seconds: float
+    store: Store,
+    run_id: str,
+    first: int,
+    deaths: Sequence[Death],
+    wall_seconds: float,
+    outputs: Path | None = None,
 ) -> dict[str, Any]:
-    """The report of a simulation; `first` is the number of its first attempt."""
+    """The report of a simulation; `first` is the number of its first attempt.
+
+    `outputs` is the folder where the script has written its own files, if that is known.
+    """
     archive = Archive(store, run_id)
     records = [r for r in Ledger(store, run_id, "").records() if r.attempt >= first]
     exit_code = deaths[-1].exit_code if deaths else 1
     # A supervisor that died before it began an attempt has none of its own: the first one counts.
     death_of = {death.attempt: death for death in reversed(deaths)}
-    final = next(iter(archive.manifests()), None)
+    final = next((m for m in archive.manifests() if m.moment.scope == "full"), None)
     productive = 0.0 if final is None else final.moment.productive_seconds
     return {
         "run_id": run_id,
@@ -54,7 +62,7 @@ def build_report(
         "goodput_ratio": round(productive / wall_seconds, 4) if wall_seconds > 0 else 0.0,
         "wall_seconds": round(wall_seconds, 3),
         "attempts": _attempts(records, death_of, final),
-        "results": _results(Path(store.url) / run_id / "outputs" / _RESULTS_FILE),
+        "results": {} if outputs is None else _results(outputs / _RESULTS_FILE),
     }
 
 

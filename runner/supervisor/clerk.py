@@ -1,7 +1,8 @@
 """The supervisor's second thread: everything that takes long, one thing after another.
 
 It talks to the store and copies slots; the loop never waits for it. What comes of a task goes back
-as an event. Between tasks it persists the slots that must be and answers the trainer.
+as an event. Between tasks it answers the trainer, and has a third thread persist the slots that
+must be: one that gives way to the trainer, and that an attempt can begin beside.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 from runner.checkpoint.attempts import Ledger
@@ -50,6 +51,7 @@ class Clerk(threading.Thread):
         self._courteous = ThreadPoolExecutor(1, "persist", initializer=_be_nice)
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._over = threading.Event()
+        self._savings: list[Future[list[Saved]]] = []
         self._leave_store_until = 0.0
         self._returned = False
         self.board: Board | None = None
@@ -57,16 +59,20 @@ class Clerk(threading.Thread):
     # ------------------------------------------------------------------ what the loop asks
 
     def claim(self) -> None:
-        """Begin the next attempt: `Claimed`."""
+        """Begin the next attempt, with a new board: `Claimed`."""
         self._tasks.put(self._claim)
 
     def restore(self, go_back: int, which: str | None, origin: Origin | None) -> None:
-        """Prepare what it begins from: `RestoreReady`."""
+        """Prepare what it begins from, and let the trainer have it: `RestoreReady`."""
         self._tasks.put(lambda: self._restore(go_back, which, origin))
 
     def persist_newest(self, triggers: tuple[str, ...]) -> None:
         """Save what is in the slots: `Saved` if there was something, then `Drained`."""
         self._tasks.put(lambda: self._persist_newest(triggers))
+
+    def persist_left(self) -> None:
+        """Save what the last trainer left in the slots, beside whatever else is to be done."""
+        self._tasks.put(lambda: self._save_beside(self._save_left))
 
     def record(self, **changes: Any) -> None:
         """Change the attempt's record."""
@@ -99,6 +105,8 @@ class Clerk(threading.Thread):
                 if task is not None:
                     task()
                 elif self._over.is_set():
+                    self._courteous.shutdown()
+                    self._collect()
                     return
                 else:
                     self._look_round()
@@ -108,16 +116,17 @@ class Clerk(threading.Thread):
     def _claim(self) -> None:
         try:
             record = self._ledger.claim(self._node)
-            self._persister.sweep()
-        except (StoreError, OSError) as error:
+            if self.board is None:  # later on, what is unfinished is being saved just now
+                self._persister.sweep()
+            self.board = self._rank.prepare()
+            self._returned = False
+        except (RunnerError, OSError) as error:
             self._post(events.PreparationFailed(time.monotonic(), str(error), final=False))
         else:
             self._post(events.Claimed(time.monotonic(), record.attempt))
 
     def _restore(self, go_back: int, which: str | None, origin: Origin | None) -> None:
         try:
-            self.board = self._rank.prepare()
-            self._returned = False
             resumption = self._keeper.restore(go_back, which=which, origin=origin)
             self._describe(resumption)
             self._forecaster.attempt_begins(self._ledger.records())
@@ -128,6 +137,8 @@ class Clerk(threading.Thread):
             self._post(events.PreparationFailed(time.monotonic(), str(error), final=False))
         else:
             step = 0 if resumption is None else resumption.moment.step
+            if self.board is not None:
+                self.board.prepared = 1
             self._post(events.RestoreReady(time.monotonic(), step))
 
     def _describe(self, resumption: Resumption | None) -> None:
@@ -147,10 +158,15 @@ class Clerk(threading.Thread):
 
     def _persist_newest(self, triggers: tuple[str, ...]) -> None:
         try:
-            newest = self._keeper.persist_newest(triggers)
-            for saved in [*self._keeper.persist_due(), newest]:
-                if saved is not None:
-                    self._announce(saved)
+            if self._ledger.record is not None:
+                newest = self._keeper.persist_newest(triggers)
+                for saved in [*self._keeper.persist_due(), newest]:
+                    if saved is not None:
+                        self._announce(saved)
+                wait(self._savings)
+                self._collect()
+            elif self._keeper.has_unsaved():
+                raise StoreError("the run could not be claimed, so nothing may be written")
         except Fenced:
             raise
         except (RunnerError, OSError) as error:
@@ -162,18 +178,46 @@ class Clerk(threading.Thread):
         if self.board is not None and self.board.restored and not self._returned:
             self._returned = True
             self._keeper.restored()
+        self._collect()
         if time.monotonic() < self._leave_store_until:
             return
         try:
-            # The trainer needs the cores more than a periodic save does; an emergency comes first.
-            for saved in self._courteous.submit(self._keeper.persist_due).result():
+            if not self._savings:
+                self._save_beside(self._keeper.persist_due)
+            for saved in self._keeper.answer():
                 self._announce(saved)
-            self._keeper.answer()
         except Fenced:
             raise
         except (RunnerError, OSError) as error:
-            self._leave_store_until = time.monotonic() + _RETRY_SECONDS
-            self._post(events.SaveFailed(time.monotonic(), str(error)))
+            self._store_refuses(error)
+
+    # ------------------------------------------------------------------ saving beside the rest
+
+    def _save_beside(self, save: Callable[[], list[Saved]]) -> None:
+        """Save where it disturbs the trainer least; the clerk is woken when that is done."""
+        saving = self._courteous.submit(save)
+        self._savings.append(saving)
+        saving.add_done_callback(lambda _: self._tasks.put(self._collect))
+
+    def _save_left(self) -> list[Saved]:
+        saved = self._keeper.persist_newest(())
+        return [] if saved is None else [saved]
+
+    def _collect(self) -> None:
+        """Tell what came of the savings that have ended."""
+        while self._savings and self._savings[0].done():
+            saving = self._savings.pop(0)
+            try:
+                for saved in saving.result():
+                    self._announce(saved)
+            except Fenced:
+                raise
+            except (RunnerError, OSError) as error:
+                self._store_refuses(error)
+
+    def _store_refuses(self, error: Exception) -> None:
+        self._leave_store_until = time.monotonic() + _RETRY_SECONDS
+        self._post(events.SaveFailed(time.monotonic(), str(error)))
 
     def _announce(self, saved: Saved) -> None:
         moment = saved.manifest.moment

@@ -49,10 +49,14 @@ class LaunchFailed(Event):
 
 @dataclass(frozen=True)
 class Exited(Event):
-    """The trainer is gone; negative codes are signals. `obeyed`: it was asked to stop, and did."""
+    """The trainer is gone; negative codes are signals. `obeyed`: it was asked to stop, and did.
+
+    `left_step` is the step of the newest complete slot, -1 if there is none.
+    """
 
     code: int
     obeyed: bool = False
+    left_step: int = -1
 
 
 @dataclass(frozen=True)
@@ -166,6 +170,18 @@ class PersistNewest(Action):
     """Make the newest complete slot durable, with these triggers; answered by `Drained`."""
 
     triggers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PersistLeft(Action):
+    """Make the newest complete slot durable while the next attempt is being prepared."""
+
+
+@dataclass(frozen=True)
+class Hurry(Action):
+    """Tell the store that nothing may last beyond this moment."""
+
+    deadline: float
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ import threading
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -31,13 +30,14 @@ from runner.checkpoint.persist import Persister
 from runner.checkpoint.provenance import collect
 from runner.checkpoint.retention import Keep
 from runner.errors import RunnerError, SpoolError, UsageError
-from runner.job import Job, resolved_command
+from runner.job import Every, Job, resolved_command
 from runner.launch.leftovers import end_leftovers
 from runner.launch.process import TrainerProcess, build_environment
-from runner.plan import BestMetric, Plan
+from runner.plan import BestMetric, Interval, Plan
 from runner.spool import Spool, Why
 from runner.store import Store
 from runner.supervisor import events, index, machine
+from runner.supervisor.abandoned import remove_abandoned
 from runner.supervisor.clerk import Clerk
 from runner.supervisor.forecast import Forecaster
 from runner.supervisor.output import Output
@@ -51,6 +51,7 @@ GRACE_VARIABLE = "RUNNER_GRACE_SECONDS"
 
 _TICK_SECONDS = 0.02
 _CLERK_SECONDS = 30.0
+_TIDYING_SECONDS = 0.5
 _SIGNALS = (
     signal.SIGTERM,
     signal.SIGINT,
@@ -81,7 +82,8 @@ class Supervisor:
         self._events: queue.SimpleQueue[events.Event] = queue.SimpleQueue()
         self._provenance: dict[str, Any] = {}
         self._rank = spool.rank
-        self._disk = Path(store.url) / assignment.run_id / ".slots"
+        files = index.files_of(assignment.run_id, store.url)
+        self._disk = files / ".slots"
         best, policy = job.checkpoint.keep.best, _policy(job)
         persister = Persister(store, ledger, _keep(job), lambda: self._provenance)
         self._keeper = Keeper(
@@ -101,12 +103,12 @@ class Supervisor:
             self._events.put,
             Forecaster(policy.grace_seconds, chooses_interval=job.checkpoint.every is None),
         )
-        self._store_url = store.url
+        self._store = store
         self._logs = index.logs_of(assignment.run_id, store.url)
         self._state, self._actions = machine.begin(policy)
         self._trainer: TrainerProcess | None = None
         self._output: Output | None = None
-        self._output_dir = Path(store.url) / assignment.run_id / "outputs"
+        self._output_dir = files / "outputs"
         self._seen: tuple[int, str] | None = None
         self._first_step_seen = self._exit_seen = False
         self._last_saved_at: float | None = None
@@ -122,6 +124,8 @@ class Supervisor:
             log.warning("killed processes %s, left by a supervisor that is dead", leftovers)
         observer = self._watch_spool()
         threading.Thread(target=self._collect_provenance, name="provenance", daemon=True).start()
+        tidying = threading.Thread(target=self._remove_abandoned, name="abandoned", daemon=True)
+        tidying.start()
         self._clerk.start()
         try:
             self._perform(self._actions)
@@ -131,6 +135,7 @@ class Supervisor:
             self._end_trainer()
             saved = self._clerk.finish(self._seconds_left())
             observer.stop()
+            tidying.join(_TIDYING_SECONDS)
             for signum, handler in before.items():
                 signal.signal(signum, handler)
             self._leave(saved)
@@ -175,7 +180,8 @@ class Supervisor:
                 "snapshot; end early with run.stop(reason) to save the last state",
                 "epochs" if board.epochs else "batches",
             )
-        return events.Exited(time.monotonic(), code, self._obeyed())
+        left = max((int(marker.moment["step"]) for marker in self._rank.complete()), default=-1)
+        return events.Exited(time.monotonic(), code, self._obeyed(), left)
 
     def _progressed(self, now: float) -> events.Event | None:
         board = self._clerk.board
@@ -255,6 +261,10 @@ class Supervisor:
                     self._ask(kind, why, deadline)
                 case events.PersistNewest(triggers):
                     self._clerk.persist_newest(triggers)
+                case events.PersistLeft():
+                    self._clerk.persist_left()
+                case events.Hurry(deadline):
+                    self._store.hurry(deadline)
                 case events.DumpStacks():
                     self._dump_stacks()
                 case events.Relay(signum) if self._trainer is not None:
@@ -365,9 +375,8 @@ class Supervisor:
             attempt=attempt,
             output_dir=str(self._output_dir),
             disk=str(self._disk),
-            every_steps=every.steps if every else None,
-            every_minutes=every.minutes if every else None,
-            every_epochs=every.epochs if every else None,
+            every=_interval(every),
+            weights_every=_interval(checkpoint.weights_every),
             every_auto=every is None,
             snapshot_steps=snapshots.steps if snapshots else None,
             slots=checkpoint.slots,
@@ -381,11 +390,16 @@ class Supervisor:
         self._provenance = collect(self._job.workdir, resolved_command(self._job))
         self._clerk.note_provenance(self._provenance)
 
+    def _remove_abandoned(self) -> None:
+        path = self._spool.path
+        for name in remove_abandoned(path.parent, path):
+            log.info("removed %s, which a run that is over had left", path.parent / name)
+
     def _publish(self) -> None:
         """Let `runner status` see what this supervisor is doing. Does nothing where it cannot."""
         status = {
             "run_id": self._assignment.run_id,
-            "store": self._store_url,
+            "store": self._store.url,
             "pid": os.getpid(),
             "phase": self._state.phase.value,
             "attempt": self._attempt,
@@ -423,6 +437,10 @@ def _policy(job: Job) -> machine.Policy:
         hang_timeout_seconds=restart.hang_timeout_seconds,
         never=tuple(restart.never),
     )
+
+
+def _interval(every: Every | None) -> Interval:
+    return Interval() if every is None else Interval(every.steps, every.minutes, every.epochs)
 
 
 def _keep(job: Job) -> Keep:

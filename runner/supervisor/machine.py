@@ -1,16 +1,20 @@
 """What a supervisor does next: one pure function over one frozen state.
 
     STARTING ─▶ RESTORING ─▶ RUNNING ─▶ DRAINING ─▶ SUCCEEDED | PREEMPTED | INTERRUPTED | STOPPED
-     ▲ │           │          │  └────▶ STOPPING ─▶ BACKOFF | FAILED           (crash, hang)
-     │ └───────────┴──────────┴───────────────────▶ BACKOFF | FAILED           (cannot be started)
+     ▲ │           │          │ └─────▶ STOPPING ─▶ BACKOFF | FAILED    (a hang; given up)
+     │ └───────────┴──────────┴───────────────────▶ BACKOFF | FAILED    (a crash; cannot be started)
      └─ BACKOFF
-    STARTING, RESTORING, STOPPING, BACKOFF ─▶ PREEMPTED | INTERRUPTED | STOPPED       (a signal)
+    STARTING, RESTORING ─▶ STOPPING                 (given up)
+    STARTING, RESTORING, BACKOFF ─▶ DRAINING        (a signal; it ends well before it has begun)
+    STOPPING ─▶ PREEMPTED | INTERRUPTED | STOPPED   (a signal while one that hangs is ended)
     any ─▶ FENCED                                   (a newer supervisor has the run)
 
+The trainer is launched when the attempt is claimed: while it imports its libraries, what it begins
+from is fetched and verified, and what the one before left in the slots is being made durable.
 DRAINING ends well: what is in the slots is made durable, then the goal is reached. STOPPING ends
-an attempt that failed: its tree is killed, its newest slot persisted, and it is started again or
-given up. Nothing here looks at a clock or touches the world; times come in with the events, in
-seconds of one monotonic clock.
+an attempt that hangs, or the run when it is given up: then its newest slot is persisted first.
+Nothing here looks at a clock or touches the world; times come in with the events, in seconds of
+one monotonic clock.
 """
 
 from __future__ import annotations
@@ -31,11 +35,13 @@ from runner.supervisor.events import (
     Event,
     Exited,
     FencedOff,
+    Hurry,
     Interrupt,
     KillTree,
     Launch,
     LaunchFailed,
     Notice,
+    PersistLeft,
     PersistNewest,
     PreparationFailed,
     Progressed,
@@ -117,6 +123,7 @@ class State:
 
     `goal` is where DRAINING or STOPPING will end, `wish` what the last signal asked for. `again`
     says that the trainer has ended, or had its time, since the persisting at hand began.
+    `preparing`: what an attempt begins from is being fetched, maybe for one that is dead by now.
     """
 
     policy: Policy = field(default_factory=Policy)
@@ -125,6 +132,7 @@ class State:
     wish: Phase | None = None
     cause: str = ""
     alive: bool = False
+    preparing: bool = False
     exit_code: int = 0
     failures: int = 0
     durable_step: int = -1
@@ -164,19 +172,22 @@ def step(state: State, event: Event) -> Step:
                 KillTree(),
             ]
         case Claimed() if state.phase is Phase.STARTING:
-            return replace(state, phase=Phase.RESTORING), [Restore(state.go_back)]
+            launched = replace(state, phase=Phase.RESTORING, alive=True, preparing=True)
+            return launched, [Restore(state.go_back), Launch()]
         case RestoreReady() if state.phase is Phase.RESTORING:
             running = replace(
                 state,
                 phase=Phase.RUNNING,
-                alive=True,
+                preparing=False,
                 progress_at=event.at,
                 activity="",
                 durable_step=max(state.durable_step, event.step),
             )
-            return running, [Launch()]
+            return running, []
+        case RestoreReady() | PreparationFailed() if state.phase is Phase.BACKOFF:
+            return replace(state, preparing=False), []
         case PreparationFailed() | LaunchFailed() if state.phase is not Phase.BACKOFF:
-            return _cannot_start(state, event)
+            return _cannot_start(replace(state, preparing=False), event)
         case Exited():
             return _on_exit(replace(state, alive=False, kill_at=None), event)
         case Progressed():
@@ -184,7 +195,7 @@ def step(state: State, event: Event) -> Step:
         case Saved():
             return replace(state, durable_step=max(state.durable_step, event.step)), []
         case Drained():
-            return _on_drained(replace(state, persisting=False), event.at)
+            return _on_drained(replace(state, persisting=False))
         case SaveFailed():
             return _on_save_failed(state, event)
         case Notice() | Interrupt() | StopAsked():
@@ -211,29 +222,29 @@ def _on_exit(state: State, event: Exited) -> Step:
             if event.code == 0 and not event.obeyed:
                 state = replace(state, goal=Phase.SUCCEEDED, cause="finished")
             return _persist(state)
-        case Phase.STOPPING:
+        case Phase.STOPPING if state.goal is not None:
             return _kill_and_persist(state)
-        case Phase.RUNNING if event.code == 0:
+        case Phase.STOPPING:
+            return _restart_or_give_up(state, event.at, event.left_step)
+        case Phase.RESTORING | Phase.RUNNING if event.code == 0:
             done = replace(state, phase=Phase.DRAINING, goal=Phase.SUCCEEDED, cause="finished")
             return _persist(done)
-        case Phase.RUNNING:
-            cause = _describe(event.code)
+        case Phase.RESTORING | Phase.RUNNING:
+            state = replace(state, phase=Phase.STOPPING, cause=_describe(event.code))
             if event.code in state.policy.never:
-                final = replace(state, goal=Phase.FAILED, exit_code=event.code)
-                return _stop(final, f"{cause}, which is never tried again")
-            return _stop(state, cause)
+                cause = f"{state.cause}, which is never tried again"
+                return _kill_and_persist(
+                    replace(state, goal=Phase.FAILED, exit_code=event.code, cause=cause)
+                )
+            return _restart_or_give_up(state, event.at, event.left_step)
     return state, []
 
 
-def _on_drained(state: State, at: float) -> Step:
+def _on_drained(state: State) -> Step:
     """All that could be saved is saved, unless the trainer has left something since."""
-    if state.phase not in (Phase.DRAINING, Phase.STOPPING):
+    if state.goal is None:  # nothing was to be saved before the end
         return state, []
-    if state.again:
-        return _persist(state)
-    if state.goal is not None:
-        return _finish(state)
-    return _restart_or_give_up(state, at)
+    return _persist(state) if state.again else _finish(state)
 
 
 def _on_save_failed(state: State, event: SaveFailed) -> Step:
@@ -243,37 +254,47 @@ def _on_save_failed(state: State, event: SaveFailed) -> Step:
     return state, [Say(f"a checkpoint could not be saved: {event.reason}", is_error=True)]
 
 
-def _restart_or_give_up(state: State, at: float) -> Step:
-    """A failure counts until a later step is durable than at the failure before it."""
-    progressed = state.durable_step > state.durable_at_failure
-    failures = 1 if progressed else state.failures + 1
-    state = replace(state, failures=failures, durable_at_failure=state.durable_step)
+def _restart_or_give_up(state: State, at: float, left_step: int = -1) -> Step:
+    """A failure counts until a later step is reached, and saved, than at any failure before it.
+
+    What is in the newest slot is as good as saved: it is being made durable from now on.
+    """
+    reached = max(state.durable_step, left_step)
+    failures = 1 if reached > state.durable_at_failure else state.failures + 1
+    furthest = max(state.durable_at_failure, reached)
+    state = replace(state, failures=failures, durable_at_failure=furthest)
     if failures > state.policy.failures:
         given_up = replace(state, goal=Phase.FAILED, exit_code=exitcodes.GIVEN_UP)
-        finished, actions = _finish(given_up)
+        stopping, actions = _kill_and_persist(given_up)
         times = "once" if failures == 1 else f"{failures} times in a row without a new step"
-        return finished, [Say(f"failed {times} ({state.cause}): given up", is_error=True), *actions]
+        return stopping, [Say(f"failed {times} ({state.cause}): given up", is_error=True), *actions]
     policy = state.policy
     doublings = min(failures - 1, _MAX_DOUBLINGS)
     wait = min(policy.backoff_max_seconds, policy.backoff_initial_seconds * 2**doublings)
-    waiting = replace(state, phase=Phase.BACKOFF, retry_at=at + wait)
+    waiting = replace(state, phase=Phase.BACKOFF, retry_at=at + wait, kill_at=None)
     return waiting, [
+        KillTree(),
         EndAttempt("failed", state.cause),
+        PersistLeft(),
         Say(f"{state.cause}; failure {failures} of {policy.failures}, next start in {wait:g} s"),
     ]
 
 
 def _cannot_start(state: State, event: PreparationFailed | LaunchFailed) -> Step:
-    """There is no trainer: nothing to kill, and what is in the slots stays there."""
-    state = replace(state, alive=False, cause=event.reason)
+    """No trainer can run, or the one that waits for its state would wait for ever."""
+    if state.goal is not None:
+        # It is ending already. No trainer will come to a boundary; what is in the slots is saved.
+        saving, actions = _persist(replace(state, snapshot_until=None))
+        return saving, [Say(event.reason, is_error=True), *actions]
+    state = replace(state, cause=event.reason)
     if isinstance(event, LaunchFailed):
         failed = replace(state, goal=Phase.FAILED, exit_code=exitcodes.USAGE)
     elif event.final:
         failed = replace(state, goal=Phase.FAILED, exit_code=exitcodes.GIVEN_UP)
-    elif state.goal is not None:
-        failed = state
     else:
-        return _restart_or_give_up(replace(state, phase=Phase.STOPPING), event.at)
+        stopping = replace(state, phase=Phase.STOPPING)
+        stopped, actions = _restart_or_give_up(stopping, event.at)
+        return stopped, [Say(event.reason, is_error=True), *actions]
     finished, actions = _finish(failed)
     return finished, [Say(event.reason, is_error=True), *actions]
 
@@ -293,24 +314,34 @@ def _on_signal(state: State, event: Notice | Interrupt | StopAsked) -> Step:
                 deadline=deadline,
                 snapshot_until=_quarter(event.at, deadline),
             )
-            return draining, [Say(cause), Ask(Request.SAVE_AND_STOP, _WHY[wish], deadline)]
+            ask = Ask(Request.SAVE_AND_STOP, _WHY[wish], deadline)
+            return draining, [Say(cause), Hurry(deadline), ask]
         case Phase.DRAINING | Phase.STOPPING if twice:
             keep = state.goal is Phase.FAILED
             given_up, actions = _finish(state if keep else replace(state, goal=wish, cause=cause))
             lost = Say("interrupted twice: nothing more is saved", is_error=True)
             return given_up, [lost, *actions]
         case Phase.DRAINING | Phase.STOPPING:
-            return _hurry(state, wish, cause, event.at, deadline), [Say(cause)]
-    over = replace(state, goal=wish, cause=cause, notice_at=event.at, deadline=deadline)
-    finished, actions = _finish(over)
-    return finished, [Say(f"{cause}, and no trainer runs: there is nothing to save"), *actions]
+            if state.deadline is not None:
+                deadline = min(state.deadline, deadline)
+            return _hurry(state, wish, cause, event.at, deadline), [Say(cause), Hurry(deadline)]
+    # No trainer has begun: only what an earlier one left in the slots is to be saved.
+    over = replace(
+        state,
+        phase=Phase.DRAINING,
+        goal=wish,
+        cause=cause,
+        notice_at=event.at,
+        deadline=deadline,
+        retry_at=None,
+    )
+    draining, actions = _kill_and_persist(over)
+    return draining, [Say(cause), Hurry(deadline), *actions]
 
 
 def _hurry(state: State, wish: Phase, cause: str, at: float, deadline: float) -> State:
     """It is being saved already; only the time that there is for it, and the end, change."""
     keep = state.goal in (Phase.SUCCEEDED, Phase.PREEMPTED, Phase.FAILED)
-    if state.deadline is not None:
-        deadline = min(state.deadline, deadline)
     until = state.snapshot_until
     return replace(
         state,
@@ -329,7 +360,9 @@ def _quarter(at: float, deadline: float) -> float:
 
 def _on_tick(state: State, at: float) -> Step:
     match state.phase:
-        case Phase.BACKOFF if state.retry_at is not None and at >= state.retry_at:
+        case Phase.BACKOFF if (
+            state.retry_at is not None and at >= state.retry_at and not state.preparing
+        ):
             fresh = replace(state, phase=Phase.STARTING, retry_at=None, cause="", goal=None)
             return fresh, [Claim()]
         case Phase.RUNNING if _hangs(state, at):
@@ -375,11 +408,6 @@ def _persist(state: State) -> Step:
         return replace(state, again=True), []
     begun = replace(state, persisting=True, again=False, retry_at=None)
     return begun, [PersistNewest(_triggers(state))]
-
-
-def _stop(state: State, cause: str) -> Step:
-    """The attempt has failed: kill what is left of it, save what it had."""
-    return _kill_and_persist(replace(state, phase=Phase.STOPPING, cause=cause))
 
 
 def _kill_and_persist(state: State) -> Step:

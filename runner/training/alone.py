@@ -27,7 +27,7 @@ from runner.checkpoint.provenance import collect
 from runner.checkpoint.retention import Keep
 from runner.errors import Fenced, RunnerError, StoreError, UsageError
 from runner.exitcodes import INTERRUPTED, PREEMPTED
-from runner.plan import Plan
+from runner.plan import Interval, Plan
 from runner.spool import Board, Request, Spool, Why, new_owner, spool_path
 from runner.store import open_store
 from runner.training.session import Session
@@ -62,7 +62,7 @@ def open_alone(optimizers: Sequence[torch.optim.Optimizer]) -> Session:
         record.attempt,
         str(output_dir),
         disk=str(Path(store.url) / run_id / ".slots"),
-        every_minutes=_EVERY_MINUTES,
+        every=Interval(minutes=_EVERY_MINUTES),
     )
     facts = collect(Path.cwd(), sys.argv)
     persister = Persister(store, ledger, Keep(), lambda: facts)
@@ -76,6 +76,7 @@ def open_alone(optimizers: Sequence[torch.optim.Optimizer]) -> Session:
         log.info("run %s continues from %s in %s", run_id, moment.name, store.url)
         if "final" in moment.triggers:
             log.info("it is finished; set %s for another run", RUN_ID_VARIABLE)
+    board.prepared = 1
     spool.write_plan(plan.to_json())
     session = Session(spool.path, supervised=False, optimizers=optimizers)
     session.interrupt_code = INTERRUPTED

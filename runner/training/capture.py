@@ -18,6 +18,7 @@ from runner.errors import RestoreError, UnknownName
 from runner.training.components import (
     Component,
     GeneratorComponent,
+    ModuleComponent,
     Parameters,
     component_for,
 )
@@ -48,6 +49,12 @@ class TrainingState:
         """The random generators that are components."""
         parts = self.components.values()
         return [part.generator for part in parts if isinstance(part, GeneratorComponent)]
+
+    @property
+    def modules(self) -> list[str]:
+        """The names of the components that are modules: those with weights."""
+        parts = self.components.items()
+        return [name for name, part in parts if isinstance(part, ModuleComponent)]
 
     def encode(self, progress: Mapping[str, Any]) -> tuple[dict[str, Json], TensorSink]:
         """The content of `state.json`, and the live tensors that go beside it.

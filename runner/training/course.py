@@ -12,7 +12,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -24,7 +24,7 @@ from runner.spool import Request, Why
 from runner.training.capture import TrainingState
 from runner.training.metrics import Metrics
 from runner.training.preempted import Preempted
-from runner.training.rhythm import SnapshotRhythm
+from runner.training.rhythm import SaveRhythm, SnapshotRhythm
 from runner.training.session import SavedState, Session
 from runner.training.streams import Streams
 from runner.training.tree import Decoder, first_difference
@@ -84,7 +84,8 @@ class Course:
         self.in_body = False
         self._best: list[float] = []
         self._ask_to_save = False
-        self._last_save = time.monotonic()
+        self._saves = SaveRhythm(session.plan.every)
+        self._weights = SaveRhythm(session.plan.weights_every)
         self._rhythm = SnapshotRhythm(session.plan.snapshot_steps)
         self._lap: float | None = None
         self._productive = 0.0
@@ -350,10 +351,11 @@ class Course:
         triggers = self._triggers(last=last, step_end=step_end, epoch_end=epoch_end)
         if asked is not None:
             triggers.add(asked.why.trigger)
-        if triggers or self._rhythm.is_due(epoch_end=epoch_end):
+        weights = self._weights_due(step_end=step_end, epoch_end=epoch_end)
+        if triggers or weights or self._rhythm.is_due(epoch_end=epoch_end):
             # At an epoch's end a script may put other weights in place without any hook's knowing.
             beside = not (epoch_end or last or asked is not None)
-            self._snapshot(triggers, beside=beside)
+            self._snapshot(triggers, beside=beside, weights=[] if triggers else weights)
         board.finished = int(last)  # another loop may follow the one that seemed to be the last
         if asked is not None:
             self.session.obeyed(asked)
@@ -379,15 +381,19 @@ class Course:
         return triggers
 
     def _interval_is_over(self, *, step_end: bool, epoch_end: bool) -> bool:
-        plan, place = self.session.plan, self.place
-        since = time.monotonic() - self._last_save
-        interval_ms = self.session.board.interval_ms if plan.every_auto else 0
-        return (
-            (plan.every_minutes is not None and since >= 60 * plan.every_minutes)
-            or (interval_ms > 0 and since >= interval_ms / 1e3)
-            or (step_end and _divides(plan.every_steps, place.step))
-            or (epoch_end and _divides(plan.every_epochs, place.epoch))
+        return self._saves.is_due(
+            self.place.step,
+            self.place.epoch,
+            step_end=step_end,
+            epoch_end=epoch_end,
+            milliseconds=self.session.board.interval_ms if self.session.plan.every_auto else 0,
         )
+
+    def _weights_due(self, *, step_end: bool, epoch_end: bool) -> list[str]:
+        """The components to store alone now; none where it is not time."""
+        place = self.place
+        due = self._weights.is_due(place.step, place.epoch, step_end=step_end, epoch_end=epoch_end)
+        return self.state.modules if due else []
 
     def _is_best(self) -> bool:
         """Whether the metric, logged for just this state, is among the best so far."""
@@ -400,7 +406,7 @@ class Course:
         self._best = sorted([*self._best, value], reverse=best.mode == "max")[: best.count]
         return True
 
-    def _snapshot(self, triggers: set[str], *, beside: bool) -> None:
+    def _snapshot(self, triggers: set[str], *, beside: bool, weights: Sequence[str] = ()) -> None:
         begun = time.monotonic()
         document, sink = self.state.encode(self._progress())
         fresh, plan, place = self.metrics.fresh(), self.session.plan, self.place
@@ -424,11 +430,13 @@ class Course:
                 productive_seconds=self._productive_before + self._productive,
             )
 
-        if self.session.save(moment, document, sink, beside=beside):
+        if self.session.save(moment, document, sink, beside=beside, weights=weights):
             self._rhythm.copied(time.monotonic() - begun)
         if triggers:
             self._ask_to_save = False
-            self._last_save = time.monotonic()
+            self._saves.saved()
+        if triggers or weights:
+            self._weights.saved()
 
     def _progress(self) -> Mapping[str, Any]:
         loop = None
@@ -447,7 +455,3 @@ class Course:
         board.step, board.epoch, board.batch = self.place.step, self.place.epoch, self.place.batch
         board.productive_us = int(1e6 * self._productive)
         self.session.alive()
-
-
-def _divides(interval: int | None, count: int) -> bool:
-    return interval is not None and count % interval == 0

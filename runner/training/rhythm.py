@@ -1,14 +1,18 @@
-"""How often to copy the state into a slot, so that the loop hardly notices.
+"""How often to save, and how often to copy the state into a slot.
 
-`checkpoint.snapshot_every: auto` keeps the measured stall under one percent of the step time.
+`checkpoint.snapshot_every: auto` keeps the measured stall under one percent of the step time, so
+that the loop hardly notices.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import time
 from collections import deque
 from statistics import median
+
+from runner.plan import Interval
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +27,36 @@ def steps_between(stall_seconds: float, step_seconds: float) -> int:
     if step_seconds <= 0:
         return 1
     return max(1, math.ceil(stall_seconds / (_TOLERATED_STALL * step_seconds)))
+
+
+class SaveRhythm:
+    """When the next save is due."""
+
+    def __init__(self, interval: Interval) -> None:
+        self._interval = interval
+        self._last = time.monotonic()
+
+    def is_due(
+        self, step: int, epoch: int, *, step_end: bool, epoch_end: bool, milliseconds: int = 0
+    ) -> bool:
+        """Whether it is time, at the end of this step or epoch.
+
+        `milliseconds` is another interval, 0 for none: the one that the supervisor gives.
+        """
+        since, interval = time.monotonic() - self._last, self._interval
+        return (
+            (interval.minutes is not None and since >= 60 * interval.minutes)
+            or (milliseconds > 0 and since >= milliseconds / 1e3)
+            or (step_end and _divides(interval.steps, step))
+            or (epoch_end and _divides(interval.epochs, epoch))
+        )
+
+    def saved(self) -> None:
+        self._last = time.monotonic()
+
+
+def _divides(interval: int | None, count: int) -> bool:
+    return interval is not None and count % interval == 0
 
 
 class SnapshotRhythm:

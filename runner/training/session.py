@@ -24,7 +24,7 @@ from runner.checkpoint.manifest import Moment, moment_from_json
 from runner.errors import RestoreError, SpoolError
 from runner.exitcodes import PREEMPTED
 from runner.plan import Plan
-from runner.spool import Board, Marker, RankSpool, Request, Why, open_slot, read_json
+from runner.spool import Board, Marker, RankSpool, Request, Weights, Why, open_slot, read_json
 from runner.training.overlap import Overlap, engine_for_this_machine
 from runner.training.slots import SlotMemory
 from runner.training.snapshot import SnapshotWriter
@@ -121,18 +121,34 @@ class Session:
         sink: TensorSink,
         *,
         beside: bool,
+        weights: Sequence[str] = (),
     ) -> bool:
         """Copy a state into a slot; `moment(attempt, save)` says what it is of.
 
-        With `beside`, the copy out of a GPU may go on beside the next step.
+        With `beside`, the copy out of a GPU may go on beside the next step. With `weights`, only
+        these components are to be stored: they have a number of their own, before the state's, so
+        that all of it may still be stored as well.
         """
-        numbered = moment(self.plan.attempt, self._saves + 1)
-        taken = self._writer.take(numbered, document, sink, self._facts, beside=beside)
-        self._saves += taken
+        alone = Weights(self._saves + 1, list(weights)) if weights else None
+        save = self._saves + (1 if alone is None else 2)
+        numbered = moment(self.plan.attempt, save)
+        taken = self._writer.take(
+            numbered, document, sink, self._facts, beside=beside, weights=alone
+        )
+        if taken:
+            self._saves = save
         return taken
 
     def saved_state(self) -> SavedState | None:
-        """What this attempt begins from; None at the very start of a run."""
+        """What this attempt begins from; None at the very start of a run.
+
+        The supervisor fetches it while this process imports torch and builds the model: waits
+        until it is there.
+        """
+        while not self.board.prepared:
+            self._must_have_supervisor("there is nothing to begin from")
+            self.board.heartbeat_ns = time.monotonic_ns()
+            time.sleep(_POLL_SECONDS)
         marker = read_restore(self.rank)
         if marker is None:
             return None
@@ -150,14 +166,17 @@ class Session:
         while (reply := self.rank.take("fetched.json")) is None or (
             reply.get("number") != self._fetches
         ):
-            if self._parent is not None and os.getppid() != self._parent:
-                raise RestoreError(f"checkpoint {which!r}: the supervisor is gone")
+            self._must_have_supervisor(f"checkpoint {which!r}")
             self.alive()
             time.sleep(_POLL_SECONDS)
         if "error" in reply:
             raise RestoreError(f"checkpoint {which!r}: {reply['error']}")
         del reply["number"]
         return _open(self.rank.folder / "fetched", Marker(**reply))
+
+    def _must_have_supervisor(self, what: str) -> None:
+        if self._parent is not None and os.getppid() != self._parent:
+            raise RestoreError(f"{what}: the supervisor is gone")
 
 
 def _open(path: Path, marker: Marker) -> SavedState:

@@ -20,7 +20,7 @@ from runner.checkpoint import format as fmt
 from runner.checkpoint.format import FileImage, TensorRange
 from runner.checkpoint.manifest import Moment, moment_to_json
 from runner.errors import SpoolFull
-from runner.spool import Marker, RankSpool
+from runner.spool import Marker, RankSpool, Weights
 from runner.training.overlap import Overlap, Pair
 from runner.training.slots import SlotMemory
 from runner.training.tensors import TensorSink, as_bytes, place_for, spec_of
@@ -79,15 +79,16 @@ class SnapshotWriter:
         facts: Mapping[str, Any],
         *,
         beside: bool,
+        weights: Weights | None = None,
     ) -> bool:
         """Copy one state and hand it over; False if it was passed over because no slot was free.
 
-        A snapshot with triggers waits for a slot. With `beside`, what a GPU can copy beside the
-        next step is handed over later. Raises SpoolFull if there is room for it neither in memory
-        nor on disk.
+        A snapshot with triggers, or for its `weights`, waits for a slot. With `beside`, what a GPU
+        can copy beside the next step is handed over later. Raises SpoolFull if there is room for
+        it neither in memory nor on disk.
         """
         begun = time.monotonic()
-        must = bool(moment.triggers)
+        must = bool(moment.triggers) or weights is not None
         if not must and (
             self._slots.on_disk or self._overlap.in_flight or not self._slots.is_ready()
         ):
@@ -95,7 +96,7 @@ class SnapshotWriter:
         self._overlap.land()
         text = json.dumps(document, separators=(",", ":"), allow_nan=False).encode()
         plan = self._plan_for(sink)
-        chosen = self._room_for(plan.end + len(text), must=must)
+        chosen = self._room_for(plan.end + len(text), must=must, full=weights is None)
         if chosen is None:
             return False
         index, inherited = chosen
@@ -110,10 +111,11 @@ class SnapshotWriter:
             self._rank.publish(
                 Marker(
                     slot=index,
-                    must=bool(triggers),
+                    must=must,
                     moment=moment_to_json(taken),
                     images=[asdict(image) for image in images],
                     facts=facts,
+                    weights=weights if not triggers else None,
                 )
             )
 
@@ -121,21 +123,23 @@ class SnapshotWriter:
             self._overlap.copy(_pairs(slot.places, sink), publish, beside=beside)
         return True
 
-    def _room_for(self, nbytes: int, *, must: bool) -> tuple[int, tuple[str, ...]] | None:
+    def _room_for(
+        self, nbytes: int, *, must: bool, full: bool
+    ) -> tuple[int, tuple[str, ...]] | None:
         """A slot; on disk, if memory that was there when the plan was made is there no more."""
         try:
-            return self._choose(nbytes, must=must)
+            return self._choose(nbytes, must=must, full=full)
         except SpoolFull as error:
             if not self._slots.retreat_to_disk(error):
                 raise
-            return self._choose(nbytes, must=must) if must else None
+            return self._choose(nbytes, must=must, full=full) if must else None
 
-    def _choose(self, nbytes: int, *, must: bool) -> tuple[int, tuple[str, ...]] | None:
+    def _choose(self, nbytes: int, *, must: bool, full: bool) -> tuple[int, tuple[str, ...]] | None:
         """A slot to overwrite, its marker withdrawn, and the triggers that go over to this save.
 
         First one that holds nothing, then the oldest. One that must be persisted is overwritten by
-        nothing but a later save, if an interval was the only reason for it. Its memory is had
-        before its marker goes: where there is no room, what it holds stays complete.
+        nothing but a later `full` save, if an interval was the only reason for it. Its memory is
+        had before its marker goes: where there is no room, what it holds stays complete.
         """
         while True:
             complete = {marker.slot: marker for marker in self._rank.complete()}
@@ -146,7 +150,7 @@ class SnapshotWriter:
                 inherited: tuple[str, ...] = ()
                 if marker is not None and marker.must:
                     inherited = tuple(marker.moment["triggers"])
-                    if not must or inherited != ("interval",):
+                    if not (must and full) or inherited != ("interval",):
                         continue
                 if index >= self._slots.count or self._rank.is_claimed(index):
                     continue
