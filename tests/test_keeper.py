@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +21,12 @@ from slots import (
     read_slot,
     snapshot,
 )
+from waiting import wait_until
 
+from runner.checkpoint import persist as persist_module
 from runner.checkpoint.archive import Archive
 from runner.checkpoint.attempts import Ledger
-from runner.checkpoint.keeper import Keeper, Origin, Resumption, read_restore
+from runner.checkpoint.keeper import Keeper, Origin, Resumption, Saved, read_restore
 from runner.checkpoint.persist import Persister
 from runner.checkpoint.retention import Keep
 from runner.errors import CheckpointCorrupt, Fenced, NoValidCheckpoint, StoreError, UnknownName
@@ -715,17 +720,304 @@ def test_an_origin_that_is_corrupt_is_an_error_and_stays_as_it_is(node: Node) ->
     assert node.given() is None
 
 
+# ---------------------------------------------------------------- beside a save
+
+
+class SlowSave:
+    """The save of one snapshot stops between two parts, and goes on, or fails, when it may.
+
+    `gives_way` is what the save at hand asks before each of its parts.
+    """
+
+    def __init__(self, node: Node, taken: Snapshot) -> None:
+        self.stopped, self.may_go_on = threading.Event(), threading.Event()
+        self.fails = False
+        self.gives_way: Callable[[], bool] = bool
+        stage, persist = node.directory.stage, node.persister.persist
+
+        def slow_stage(prefix: str, owner: str) -> Any:
+            staging = stage(prefix, owner)
+            if prefix.endswith(taken.name) and not self.may_go_on.is_set():
+                write = staging.write
+                staging.write = lambda contents: write([*map(self._slow, contents)])  # type: ignore[method-assign]
+            return staging
+
+        def watched(*arguments: Any) -> Any:
+            if arguments[0].name == taken.moment.name:
+                self.gives_way = arguments[-1]
+            return persist(*arguments)
+
+        node.store.stage = slow_stage  # type: ignore[method-assign]
+        node.persister.persist = watched  # type: ignore[method-assign]
+
+    def _slow(self, content: Content) -> Content:
+        def parts() -> Iterator[Part]:
+            for part in content.parts:
+                yield part
+                self.stopped.set()
+                assert self.may_go_on.wait(10)
+                if self.fails:
+                    raise StoreError("503")
+
+        return Content(content.name, content.part_bytes, parts())
+
+
+Run = Callable[[Callable[[], Any]], Future[Any]]
+
+
+@contextmanager
+def beside(slow: SlowSave, save: Callable[[], Any]) -> Iterator[tuple[Future[Any], Run]]:
+    """The save, stopped in its middle, and what runs something else on a thread of its own."""
+    with ThreadPoolExecutor(2) as pool:
+        try:
+            saving = pool.submit(save)
+            assert slow.stopped.wait(10)
+            yield saving, pool.submit
+        finally:
+            slow.may_go_on.set()
+
+
+@pytest.mark.parametrize("must", [True, False])
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("first", ["the save", "the trainer"])
+def test_a_slot_is_restored_from_while_it_is_persisted(
+    node: Node, first: str, fails: bool, must: bool
+) -> None:
+    """It goes back to the trainer when both have ended, whichever of them ends first."""
+    taken = snapshot(save=1)
+    fill(node.rank, 0, taken, must=must)
+    slow = SlowSave(node, taken)
+    slow.fails = fails
+    save = node.keeper.persist_due if must else lambda: node.keeper.persist_newest(())
+
+    with beside(slow, save) as (saving, _):
+        resumption = node.keeper.restore()
+
+        assert not saving.done()
+        assert resumption is not None
+        assert (resumption.source, resumption.slot) == ("slot", 0)
+        assert node.given() == taken
+        assert node.keeper.has_unsaved()
+        if first == "the trainer":
+            node.keeper.restored()
+            assert node.rank.is_claimed(0)
+            assert node.keeper.has_unsaved()
+        slow.may_go_on.set()
+        assert isinstance(saving.exception(10), StoreError if fails else type(None))
+
+    if first == "the save":
+        assert node.rank.is_claimed(0)
+        assert node.keeper.has_unsaved() == fails
+        assert node.given() == taken
+        node.keeper.restored()
+    assert shown(node.rank.complete()) == [(1, 1, fails)]
+    assert node.keeper.has_unsaved() == fails
+    assert node.saved() == ([] if fails else [taken.name])
+    assert [one.manifest.name for one in node.keeper.persist_due()] == [taken.name] * fails
+
+
+def test_the_next_trainer_is_given_what_is_still_being_persisted(node: Node) -> None:
+    """The one before it was killed while it restored, and its attempt's save is not done yet."""
+    taken = snapshot(save=1)
+    fill(node.rank, 0, taken, must=True)
+    slow = SlowSave(node, taken)
+
+    with beside(slow, node.keeper.persist_due):
+        for _ in range(3):
+            resumption = node.keeper.restore()
+            assert resumption is not None
+            assert resumption.source == "slot"
+            assert node.given() == taken
+        node.keeper.restored()
+        assert node.rank.is_claimed(0)
+
+    assert shown(node.rank.complete()) == [(1, 1, False)]
+
+
+def test_a_save_that_ends_while_the_store_is_looked_at_is_durable(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = snapshot(save=1)
+    fill(node.rank, 0, taken, must=True)
+    slow = SlowSave(node, taken)
+
+    with beside(slow, node.keeper.persist_due) as (saving, _):
+
+        def seen_too_early() -> Iterator[Any]:
+            slow.may_go_on.set()
+            assert saving.result(10)
+            return iter(())
+
+        monkeypatch.setattr(node.archive, "manifests", seen_too_early)
+        resumption = node.keeper.restore()
+
+    assert resumption is not None
+    assert resumption.source == "slot"
+    assert not node.keeper.has_unsaved()
+    node.keeper.restored()
+    assert not node.keeper.has_unsaved()
+    assert node.keeper.persist_newest(("preemption",)) is None
+
+
+@pytest.mark.parametrize(
+    "restore",
+    [
+        lambda keeper: keeper.restore(which=snapshot(save=1).name),
+        lambda keeper: keeper.restore(2),  # over the one that is being saved, too
+    ],
+    ids=["a named one", "going back"],
+)
+def test_what_is_being_persisted_is_not_overwritten_by_what_is_restored(
+    node: Node, restore: Callable[[Keeper], Resumption | None]
+) -> None:
+    """What comes from the store is laid into slot 0, which is free when the save has ended."""
+    stored, taken = snapshot(save=1), snapshot(save=3)
+    place(node, [], [stored, snapshot(save=2)])
+    fill(node.rank, 0, taken, must=True)
+    slow = SlowSave(node, taken)
+    fetching = threading.Event()
+    fetch = node.directory.fetch
+
+    def watched(key: str, offset: int, into: memoryview) -> None:
+        fetching.set()
+        fetch(key, offset, into)
+
+    node.store.fetch = watched  # type: ignore[method-assign]
+    with beside(slow, node.keeper.persist_due) as (saving, run):
+        restoring = run(lambda: restore(node.keeper))
+        assert not fetching.wait(0.2)
+        assert read_slot(node.rank, node.rank.claimed()[0]) == taken.files
+        slow.may_go_on.set()
+        resumption = restoring.result(10)
+        assert [one.manifest.name for one in saving.result(10)] == [taken.name]
+
+    assert fetching.is_set()
+    assert node.files(taken.name) == taken.files
+    assert resumption is not None
+    assert (resumption.source, resumption.slot) == ("store", 0)
+    assert node.given() == stored
+
+
+Save = Callable[[Keeper], Any]
+
+
+@pytest.mark.parametrize(
+    ("must", "save"),
+    [(True, Keeper.persist_due), (False, lambda keeper: keeper.persist_newest(()))],
+    ids=["which must be saved", "which a dead trainer left"],
+)
+def test_an_older_save_gives_way_to_the_newest_and_is_made_up_for(
+    node: Node, must: bool, save: Save
+) -> None:
+    older, newest = snapshot(save=1), snapshot(save=2)
+    fill(node.rank, 0, older, must=must)
+    slow = SlowSave(node, older)
+
+    with beside(slow, lambda: save(node.keeper)) as (giving_way, run):
+        fill(node.rank, 1, newest)
+        saving = run(lambda: node.keeper.persist_newest(("preemption",)))
+        wait_until(slow.gives_way, what="the newest to be waited for")
+        assert node.keeper.has_unsaved()
+        slow.may_go_on.set()
+        saved = saving.result(10)
+        assert not giving_way.result(10)  # it has saved nothing, and that is no failure
+
+    assert isinstance(saved, Saved)
+    assert saved.manifest.name == newest.name
+    assert saved.manifest.moment.triggers == ("preemption",)
+    assert node.saved() == [newest.name]
+    assert shown(node.rank.complete()) == [(1, 1, True), (1, 2, False)]
+    assert node.keeper.has_unsaved()
+    checkpoints = checkpoint_folder(node.directory, newest.name).parent
+    assert [path.name for path in checkpoints.iterdir()] == [newest.name]  # and nothing half done
+
+    assert [one.manifest.name for one in node.keeper.persist_due()] == [older.name]
+    assert node.files(older.name) == older.files
+    assert not node.keeper.has_unsaved()
+
+
+def test_nothing_older_is_begun_while_the_newest_is_waited_for(node: Node) -> None:
+    """Three slots: the first is being saved, the second is due as well, the third is newest."""
+    taken = [snapshot(save=n) for n in (1, 2, 3)]
+    for slot in (0, 1):
+        fill(node.rank, slot, taken[slot], must=True)
+    slow = SlowSave(node, taken[0])
+
+    with beside(slow, node.keeper.persist_due) as (due, run):
+        fill(node.rank, 2, taken[2], must=True)
+        newest = run(lambda: node.keeper.persist_newest(()))
+        wait_until(slow.gives_way, what="the newest to be waited for")
+        slow.may_go_on.set()
+        assert newest.result(10) is not None
+        assert due.result(10) == []
+
+    assert node.saved() == [taken[2].name]
+    assert [one.manifest.name for one in node.keeper.persist_due()] == [
+        one.name for one in taken[:2]
+    ]
+
+
+@pytest.mark.parametrize("must", [True, False])
+def test_a_save_of_the_newest_is_waited_for_and_not_made_twice(node: Node, must: bool) -> None:
+    taken = snapshot(save=1, triggers=("interval",) if must else ())
+    fill(node.rank, 0, taken, must=must)
+    slow = SlowSave(node, taken)
+    save = node.keeper.persist_due if must else lambda: node.keeper.persist_newest(())
+
+    with beside(slow, save) as (saving, run):
+        waiting = run(lambda: node.keeper.persist_newest(("preemption",)))
+        with pytest.raises(TimeoutError):
+            waiting.result(0.2)
+        assert not slow.gives_way()
+        assert node.keeper.has_unsaved()
+        slow.may_go_on.set()
+        assert waiting.result(10) is None  # it is durable by now
+        assert saving.result(10)
+
+    assert node.saved() == [taken.name]
+    assert node.files(taken.name) == taken.files
+    assert not node.keeper.has_unsaved()
+    assert shown(node.rank.complete()) == [(1, 1, False)]
+
+
+def test_a_save_of_the_newest_that_fails_is_made_by_the_one_that_waits(node: Node) -> None:
+    taken = snapshot(save=1)
+    fill(node.rank, 0, taken, must=True)
+    slow = SlowSave(node, taken)
+    slow.fails = True
+
+    with beside(slow, node.keeper.persist_due) as (saving, run):
+        waiting = run(lambda: node.keeper.persist_newest(("preemption",)))
+        with pytest.raises(TimeoutError):
+            waiting.result(0.2)
+        slow.may_go_on.set()
+        assert isinstance(saving.exception(10), StoreError)
+        saved = waiting.result(10)
+
+    assert saved is not None
+    assert saved.manifest.moment.triggers == ("preemption",)
+    assert node.saved() == [taken.name]
+    assert not node.keeper.has_unsaved()
+
+
 # ---------------------------------------------------------------- fenced
 
 
-def test_a_fenced_supervisor_persists_nothing(node: Node) -> None:
+@pytest.mark.parametrize("large", [True, False])
+def test_a_fenced_supervisor_persists_nothing(
+    node: Node, monkeypatch: pytest.MonkeyPatch, large: bool
+) -> None:
+    """It hears of it before it moves much, and in any case before it commits."""
     keep_last = node.start(keep=Keep(last=1))
     fill(node.rank, 0, snapshot(save=1), must=True)
     keep_last.persist_due()
     Ledger(node.directory, RUN, "b" * 16).claim("node-2")
     fill(node.rank, 0, snapshot(save=2), must=True)
     before = sorted(node.directory.root.rglob("*"))
-    node.store.refused = {"stage", "delete", "create", "replace"}
+    node.store.refused = {"delete", "create", "replace"}
+    if large:
+        monkeypatch.setattr(persist_module, "_LARGE_BYTES", 1)
+        node.store.refused.add("stage")
 
     for persist in (keep_last.persist_due, lambda: keep_last.persist_newest(("preemption",))):
         with pytest.raises(Fenced):
@@ -777,7 +1069,7 @@ def test_a_store_that_cannot_be_swept_is_no_reason_to_stop(node: Node) -> None:
 
 def ask(node: Node, which: object, number: int = 1) -> dict[str, Any]:
     node.rank.send("fetch.json", {"number": number, "which": which})
-    assert node.keeper.answer()
+    node.keeper.answer()
     reply = node.rank.take("fetched.json")
     assert reply is not None
     assert reply.pop("number") == number
@@ -790,7 +1082,7 @@ def fetched(node: Node, reply: dict[str, Any]) -> dict[str, bytes]:
 
 
 def test_nothing_is_answered_where_nothing_is_asked(node: Node) -> None:
-    assert not node.keeper.answer()
+    assert node.keeper.answer() == []
     assert not (node.rank.folder / "fetched.json").exists()
 
 

@@ -23,11 +23,13 @@ from runner.supervisor.machine import (
     Event,
     Exited,
     FencedOff,
+    Hurry,
     Interrupt,
     KillTree,
     Launch,
     LaunchFailed,
     Notice,
+    PersistLeft,
     PersistNewest,
     Phase,
     Policy,
@@ -74,32 +76,56 @@ RESTORING: tuple[Event, ...] = (Claimed(0.1, 1),)
 RUNNING: tuple[Event, ...] = (*RESTORING, RestoreReady(0.2, 0))
 TRAINED: tuple[Event, ...] = (*RUNNING, Progressed(1.0, "training"), Saved(2.0, 10))
 CRASHED: tuple[Event, ...] = (*TRAINED, Exited(3.0, 1))
-BACKOFF: tuple[Event, ...] = (*CRASHED, Drained(4.0))
+NEVER_AGAIN: tuple[Event, ...] = (*TRAINED, Exited(3.0, 2))
 HUNG: tuple[Event, ...] = (*TRAINED, Tick(601.1))
 DRAINING: tuple[Event, ...] = (*TRAINED, sigterm(5.0))
 FINISHING: tuple[Event, ...] = (*TRAINED, Exited(5.0, 0))
+REFUSED: tuple[Event, ...] = tuple(  # as often as the budget allows
+    event
+    for at in range(0, 500, 100)
+    for event in (PreparationFailed(at, "403", final=False), Tick(at + 99.0))
+)
 
 UNFINISHED = {
     Phase.STARTING: (),
     Phase.RESTORING: RESTORING,
     Phase.RUNNING: TRAINED,
     Phase.DRAINING: DRAINING,
-    Phase.STOPPING: CRASHED,
-    Phase.BACKOFF: BACKOFF,
+    Phase.STOPPING: HUNG,
+    Phase.BACKOFF: CRASHED,
 }
 
 START = [Claim, Restore, Launch]
+ASKED = [*START, Hurry, Ask]
+FAILED: list[type[Action]] = [KillTree, EndAttempt, PersistLeft]  # and it is started again
 
 HISTORIES: dict[str, tuple[Sequence[Event], Phase, list[type[Action]], int]] = {
     # ------------------------------------------------------------ starting
     "nothing has happened": ([], Phase.STARTING, [Claim], 0),
-    "the attempt is ours": (RESTORING, Phase.RESTORING, [Claim, Restore], 0),
+    "the attempt is ours: its trainer imports while its state is fetched": (
+        RESTORING,
+        Phase.RESTORING,
+        START,
+        0,
+    ),
     "the state is in the spool": (RUNNING, Phase.RUNNING, START, 0),
     "the store refuses the first attempt": (
         [PreparationFailed(1.0, "full", final=False)],
         Phase.BACKOFF,
-        [Claim, EndAttempt],
+        [Claim, *FAILED],
         0,
+    ),
+    "the store refuses every attempt": (
+        [*REFUSED, PreparationFailed(500.0, "403", final=False)],
+        Phase.STOPPING,  # what is in the slots is tried once more
+        [Claim, *[*FAILED, Claim] * 5, KillTree, PersistNewest],
+        exitcodes.GIVEN_UP,
+    ),
+    "the store refuses every attempt, and nothing is to be saved": (
+        [*REFUSED, PreparationFailed(500.0, "403", final=False), Drained(500.1)],
+        Phase.FAILED,
+        [Claim, *[*FAILED, Claim] * 5, KillTree, PersistNewest, EndAttempt],
+        exitcodes.GIVEN_UP,
     ),
     "the first attempt is refused for good": (
         [PreparationFailed(1.0, "the run's records are unreadable", final=True)],
@@ -110,32 +136,92 @@ HISTORIES: dict[str, tuple[Sequence[Event], Phase, list[type[Action]], int]] = {
     "the store refuses while it is restored from": (
         [*RESTORING, PreparationFailed(1.0, "timeout", final=False), Tick(1.5), Tick(2.1)],
         Phase.STARTING,
-        [Claim, Restore, EndAttempt, Claim],
+        [*START, *FAILED, Claim],
         0,
     ),
     "no checkpoint verifies": (
         [*RESTORING, PreparationFailed(1.0, "none is sound", final=True)],
         Phase.FAILED,
-        [Claim, Restore, EndAttempt],
+        [*START, KillTree, EndAttempt],
         exitcodes.GIVEN_UP,
     ),
     "the command cannot be started": (
+        [*RESTORING, LaunchFailed(0.15, "no such program")],
+        Phase.FAILED,
+        [*START, KillTree, EndAttempt],
+        exitcodes.USAGE,
+    ),
+    "the command cannot be started, which is heard when the state is there": (
         [*RUNNING, LaunchFailed(0.3, "no such program")],
         Phase.FAILED,
-        [*START, EndAttempt],
+        [*START, KillTree, EndAttempt],
         exitcodes.USAGE,
     ),
     "the machine has no room for one more process": (
+        [*RESTORING, PreparationFailed(0.15, "EAGAIN", final=False)],
+        Phase.BACKOFF,
+        [*START, *FAILED],
+        0,
+    ),
+    "the machine has no room for one more process, which is heard when the state is there": (
         [*RUNNING, PreparationFailed(0.3, "EAGAIN", final=False)],
         Phase.BACKOFF,
-        [*START, EndAttempt],
+        [*START, *FAILED],
         0,
+    ),
+    "it crashes while its state is fetched": (
+        [*RESTORING, Exited(0.15, 1), RestoreReady(0.2, 0), Tick(1.1), Tick(1.15)],
+        Phase.STARTING,
+        [*START, *FAILED, Claim],
+        0,
+    ),
+    "it crashes while its state is fetched, which takes longer than the backoff": (
+        [*RESTORING, Exited(0.15, 1), Tick(1.15), Tick(9.0)],
+        Phase.BACKOFF,  # nothing new is begun before that has ended
+        [*START, *FAILED],
+        0,
+    ),
+    "it crashes while its state is fetched, which comes after the backoff": (
+        [*RESTORING, Exited(0.15, 1), Tick(1.15), RestoreReady(9.0, 0), Tick(9.1)],
+        Phase.STARTING,
+        [*START, *FAILED, Claim],
+        0,
+    ),
+    "it crashes while its state is fetched, which fails too": (
+        [*RESTORING, Exited(0.15, 1), PreparationFailed(9.0, "503", final=False), Tick(9.1)],
+        Phase.STARTING,
+        [*START, *FAILED, Claim],
+        0,
+    ),
+    "a code that is never tried again, while its state is fetched": (
+        [*RESTORING, Exited(0.15, 2)],
+        Phase.STOPPING,
+        [*START, KillTree, PersistNewest],
+        2,
     ),
     # ------------------------------------------------------------ finishing
     "it finishes": (
         [*FINISHING, Saved(5.5, 20), Drained(5.6)],
         Phase.SUCCEEDED,
         [*START, PersistNewest, EndAttempt],
+        exitcodes.FINISHED,
+    ),
+    "it finishes while its state is fetched": (
+        [*RESTORING, Exited(0.15, 0), RestoreReady(0.2, 0), Drained(0.3)],
+        Phase.SUCCEEDED,
+        [*START, PersistNewest, EndAttempt],
+        exitcodes.FINISHED,
+    ),
+    "it finishes while its state is fetched, which fails": (
+        [
+            *RESTORING,
+            Exited(0.15, 0),
+            PreparationFailed(0.2, "503", final=True),
+            Drained(0.3),
+            Drained(0.4),
+        ],
+        Phase.SUCCEEDED,
+        [*START, PersistNewest, PersistNewest, EndAttempt],
         exitcodes.FINISHED,
     ),
     "it finishes and the final save has to be tried again": (
@@ -147,86 +233,86 @@ HISTORIES: dict[str, tuple[Sequence[Event], Phase, list[type[Action]], int]] = {
     "a preemption while the final state is saved": (
         [*FINISHING, sigterm(5.1), Drained(6.0)],
         Phase.SUCCEEDED,
-        [*START, PersistNewest, EndAttempt],
+        [*START, PersistNewest, Hurry, EndAttempt],
         exitcodes.FINISHED,
     ),
     "the final state cannot be saved before the node goes": (
         [*FINISHING, sigterm(5.1), SaveFailed(5.2, "down"), Tick(34.2)],
         Phase.PREEMPTED,
-        [*START, PersistNewest, EndAttempt],
+        [*START, PersistNewest, Hurry, EndAttempt],
         exitcodes.PREEMPTED,
     ),
     "the final state cannot be saved and somebody presses Ctrl-C": (
         [*FINISHING, SaveFailed(5.2, "down"), Interrupt(6.0), Tick(35.1)],
         Phase.INTERRUPTED,
-        [*START, PersistNewest, EndAttempt],
+        [*START, PersistNewest, Hurry, EndAttempt],
         exitcodes.INTERRUPTED,
     ),
     # ------------------------------------------------------------ preemption
     "it obeys at its next boundary": (
         [*DRAINING, Exited(5.5, 75, obeyed=True), Saved(5.8, 11), Drained(5.9)],
         Phase.PREEMPTED,
-        [*START, Ask, PersistNewest, EndAttempt],
+        [*ASKED, PersistNewest, EndAttempt],
         exitcodes.PREEMPTED,
     ),
     "a script that turns the end into its own exit code": (
         [*DRAINING, Exited(5.5, 1, obeyed=True), Drained(5.9)],
         Phase.PREEMPTED,
-        [*START, Ask, PersistNewest, EndAttempt],
+        [*ASKED, PersistNewest, EndAttempt],
         exitcodes.PREEMPTED,
     ),
     "a script that swallows the end and exits with 0": (
         [*DRAINING, Exited(5.5, 0, obeyed=True), Drained(5.9)],
         Phase.PREEMPTED,
-        [*START, Ask, PersistNewest, EndAttempt],
+        [*ASKED, PersistNewest, EndAttempt],
         exitcodes.PREEMPTED,
     ),
     "a code that is never tried again, after the notice": (
         [*DRAINING, Exited(5.5, 2), Drained(5.9)],
         Phase.PREEMPTED,
-        [*START, Ask, PersistNewest, EndAttempt],
+        [*ASKED, PersistNewest, EndAttempt],
         exitcodes.PREEMPTED,
     ),
     "it crashes after the notice": (
         [*DRAINING, Exited(5.5, -11), Drained(5.9)],
         Phase.PREEMPTED,
-        [*START, Ask, PersistNewest, EndAttempt],
+        [*ASKED, PersistNewest, EndAttempt],
         exitcodes.PREEMPTED,
     ),
     "it finishes by itself after the notice": (
         [*DRAINING, Exited(5.5, 0), Saved(5.6, 20), Drained(5.7)],
         Phase.SUCCEEDED,
-        [*START, Ask, PersistNewest, EndAttempt],
+        [*ASKED, PersistNewest, EndAttempt],
         exitcodes.FINISHED,
     ),
     "it finishes by itself after the notice, too late to be saved": (
         [*DRAINING, Exited(33.0, 0), SaveFailed(33.5, "down"), Tick(34.1)],
         Phase.PREEMPTED,
-        [*START, Ask, PersistNewest, EndAttempt],
+        [*ASKED, PersistNewest, EndAttempt],
         exitcodes.PREEMPTED,
     ),
     "it ignores the request": (
         [*DRAINING, Tick(12.4), Tick(12.5), Saved(13.0, 10), Drained(13.0)],
         Phase.PREEMPTED,
-        [*START, Ask, PersistNewest, KillTree, EndAttempt],
+        [*ASKED, PersistNewest, KillTree, EndAttempt],
         exitcodes.PREEMPTED,
     ),
     "it ignores the request and has never had a snapshot": (
         [*RUNNING, sigterm(1.0), Tick(8.5), Drained(8.6)],
         Phase.PREEMPTED,
-        [*START, Ask, PersistNewest, KillTree, EndAttempt],
+        [*ASKED, PersistNewest, KillTree, EndAttempt],
         exitcodes.PREEMPTED,
     ),
     "it comes to its boundary while an older slot is persisted": (
         [*DRAINING, Tick(12.5), Exited(13.0, 75, obeyed=True), Drained(13.1), Drained(13.5)],
         Phase.PREEMPTED,
-        [*START, Ask, PersistNewest, PersistNewest, EndAttempt],
+        [*ASKED, PersistNewest, PersistNewest, EndAttempt],
         exitcodes.PREEMPTED,
     ),
     "persisting takes longer than the grace": (
         [*DRAINING, Tick(12.5), Tick(33.9), Tick(34.0)],
         Phase.PREEMPTED,
-        [*START, Ask, PersistNewest, KillTree, EndAttempt],
+        [*ASKED, PersistNewest, KillTree, EndAttempt],
         exitcodes.PREEMPTED,
     ),
     "saving fails until the time is over": (
@@ -237,223 +323,332 @@ HISTORIES: dict[str, tuple[Sequence[Event], Phase, list[type[Action]], int]] = {
             Tick(34.0),
         ],
         Phase.PREEMPTED,
-        [*START, Ask, *[PersistNewest] * 4, EndAttempt],
+        [*ASKED, *[PersistNewest] * 4, EndAttempt],
         exitcodes.PREEMPTED,
     ),
     "saving fails once": (
         [*DRAINING, Exited(6.0, 75, obeyed=True), SaveFailed(7.0, "503"), Tick(7.5), Drained(8.0)],
         Phase.PREEMPTED,
-        [*START, Ask, PersistNewest, PersistNewest, EndAttempt],
+        [*ASKED, PersistNewest, PersistNewest, EndAttempt],
         exitcodes.PREEMPTED,
     ),
     "an earlier save failed just before the notice": (
         [*TRAINED, SaveFailed(4.9, "503"), sigterm(5.0), Tick(5.5), Tick(12.4)],
         Phase.DRAINING,  # the trainer has its quarter of the grace all the same
-        [*START, Ask],
+        ASKED,
         0,
     ),
     "an earlier save fails just after the notice": (
         [*DRAINING, SaveFailed(5.1, "503"), Tick(5.7), Tick(12.4), Tick(12.5)],
         Phase.DRAINING,
-        [*START, Ask, PersistNewest],
+        [*ASKED, PersistNewest],
         0,
     ),
     "a second notice leaves less time": (
         [*TRAINED, sigterm(5.0, grace=120.0), sigterm(6.0, grace=8.0), Tick(7.9), Tick(8.0)],
         Phase.DRAINING,
-        [*START, Ask, PersistNewest],
+        [*ASKED, Hurry, PersistNewest],
         0,
     ),
     "a second notice leaves less time, and it is used up": (
         [*TRAINED, sigterm(5.0, grace=120.0), sigterm(6.0, grace=8.0), Tick(8.0), Tick(13.1)],
         Phase.PREEMPTED,
-        [*START, Ask, PersistNewest, KillTree, EndAttempt],
+        [*ASKED, Hurry, PersistNewest, KillTree, EndAttempt],
         exitcodes.PREEMPTED,
     ),
     "a second notice promises more time than the first": (
         [*DRAINING, sigterm(6.0, grace=600.0), Tick(12.5), Tick(34.0)],
         Phase.PREEMPTED,
-        [*START, Ask, PersistNewest, KillTree, EndAttempt],
+        [*ASKED, Hurry, PersistNewest, KillTree, EndAttempt],
         exitcodes.PREEMPTED,
     ),
     "SIGTERM before the attempt is claimed": (
-        [sigterm(0.05)],
+        [sigterm(0.05), Claimed(0.1, 1), Drained(0.2)],
         Phase.PREEMPTED,
-        [Claim, EndAttempt],
+        [Claim, Hurry, KillTree, PersistNewest, EndAttempt],
         exitcodes.PREEMPTED,
+    ),
+    "SIGTERM while what an earlier supervisor left cannot be saved": (
+        [sigterm(0.05), SaveFailed(0.1, "503"), Tick(0.5), Tick(0.6), SaveFailed(0.7, "503")],
+        Phase.DRAINING,
+        [Claim, Hurry, KillTree, PersistNewest, PersistNewest],
+        0,
+    ),
+    "SIGTERM while what an earlier supervisor left cannot be saved before the node goes": (
+        [sigterm(0.05), SaveFailed(0.1, "503"), Tick(29.05)],
+        Phase.PREEMPTED,
+        [Claim, Hurry, KillTree, PersistNewest, EndAttempt],
+        exitcodes.PREEMPTED,
+    ),
+    "SIGTERM before the attempt is claimed, which then fails": (
+        [sigterm(0.05), PreparationFailed(0.1, "503", final=False), Tick(0.2)],
+        Phase.DRAINING,  # what is in the slots is saved all the same
+        [Claim, Hurry, KillTree, PersistNewest],
+        0,
     ),
     "SIGTERM while restoring": (
-        [*RESTORING, sigterm(0.15), RestoreReady(0.2, 0)],
+        [
+            *RESTORING,
+            sigterm(0.15),
+            Exited(0.16, -9),
+            RestoreReady(0.2, 0),
+            Drained(0.3),
+            Drained(0.4),
+        ],
         Phase.PREEMPTED,
-        [Claim, Restore, EndAttempt],
+        [*START, Hurry, KillTree, PersistNewest, PersistNewest, EndAttempt],
         exitcodes.PREEMPTED,
+    ),
+    "SIGTERM while the restoring fails": (
+        [*RESTORING, sigterm(0.15), PreparationFailed(0.2, "503", final=True), Drained(0.3)],
+        Phase.DRAINING,
+        [*START, Hurry, KillTree, PersistNewest, PersistNewest],
+        0,
+    ),
+    "SIGTERM in the instant in which the command cannot be started": (
+        [*RESTORING, sigterm(0.15), LaunchFailed(0.16, "no"), Drained(0.3), Drained(0.4)],
+        Phase.PREEMPTED,
+        [*START, Hurry, KillTree, PersistNewest, PersistNewest, KillTree, EndAttempt],
+        exitcodes.PREEMPTED,
+    ),
+    "SIGTERM in that instant, when the state is there": (
+        [*RUNNING, sigterm(0.3), LaunchFailed(0.31, "no such program"), Drained(0.4)],
+        Phase.PREEMPTED,  # no boundary is waited for
+        [*ASKED, PersistNewest, KillTree, EndAttempt],
+        exitcodes.PREEMPTED,
+    ),
+    "SIGTERM in that instant, and what is in the slots cannot be saved at once": (
+        [
+            *RUNNING,
+            sigterm(0.3),
+            LaunchFailed(0.31, "no such program"),
+            SaveFailed(0.4, "503"),
+            Tick(0.8),
+            Tick(0.9),
+        ],
+        Phase.DRAINING,
+        [*ASKED, PersistNewest, PersistNewest],
+        0,
     ),
     "SIGTERM between two attempts": (
-        [*BACKOFF, sigterm(4.1), Tick(60.0)],
+        [*CRASHED, sigterm(3.1), Tick(4.0), Saved(4.5, 12), Drained(4.6)],
         Phase.PREEMPTED,
-        [*START, KillTree, PersistNewest, EndAttempt, EndAttempt],
+        [*START, *FAILED, Hurry, KillTree, PersistNewest, EndAttempt],
         exitcodes.PREEMPTED,
     ),
-    "SIGTERM after a crash, while its state is saved": (
-        [*CRASHED, sigterm(3.5), Drained(4.0)],
+    "SIGTERM between two attempts, while what the first left cannot be saved": (
+        [*CRASHED, sigterm(3.1), SaveFailed(4.0, "503"), Tick(4.4), Tick(4.5), Tick(32.1)],
         Phase.PREEMPTED,
-        [*START, KillTree, PersistNewest, EndAttempt],
+        [*START, *FAILED, Hurry, KillTree, PersistNewest, PersistNewest, EndAttempt],
         exitcodes.PREEMPTED,
     ),
-    "SIGTERM after a crash whose state cannot be saved": (
-        [*CRASHED, sigterm(3.5), SaveFailed(4.0, "503"), Tick(4.4), Tick(4.5), Tick(32.5)],
+    "SIGTERM while one that hung is killed": (
+        [*HUNG, Tick(602.1), sigterm(602.2), Exited(602.3, -9), Drained(604.0)],
         Phase.PREEMPTED,
-        [*START, KillTree, PersistNewest, PersistNewest, EndAttempt],
+        [*START, DumpStacks, KillTree, Hurry, KillTree, PersistNewest, EndAttempt],
         exitcodes.PREEMPTED,
     ),
     "SIGTERM after a code that is never tried again": (
-        [*TRAINED, Exited(3.0, 2), sigterm(3.5), Drained(4.0)],
+        [*NEVER_AGAIN, sigterm(3.5), Drained(4.0)],
         Phase.FAILED,
-        [*START, KillTree, PersistNewest, EndAttempt],
+        [*START, KillTree, PersistNewest, Hurry, EndAttempt],
+        2,
+    ),
+    "SIGTERM after a code that is never tried again, and the state cannot be saved": (
+        [*NEVER_AGAIN, sigterm(3.5), SaveFailed(4.0, "503"), Tick(4.4), Tick(4.5), Tick(32.5)],
+        Phase.FAILED,
+        [*START, KillTree, PersistNewest, Hurry, PersistNewest, EndAttempt],
         2,
     ),
     # ------------------------------------------------------------ interrupt and stop
     "Ctrl-C": (
         [*TRAINED, Interrupt(5.0), Exited(5.5, 75, obeyed=True), Drained(5.9)],
         Phase.INTERRUPTED,
-        [*START, Ask, PersistNewest, EndAttempt],
+        [*ASKED, PersistNewest, EndAttempt],
         exitcodes.INTERRUPTED,
     ),
     "Ctrl-C has the grace too": (
         [*TRAINED, Interrupt(5.0), Tick(12.5), Tick(34.0)],
         Phase.INTERRUPTED,
-        [*START, Ask, PersistNewest, KillTree, EndAttempt],
+        [*ASKED, PersistNewest, KillTree, EndAttempt],
         exitcodes.INTERRUPTED,
     ),
     "Ctrl-C twice": (
         [*TRAINED, Interrupt(5.0), Interrupt(5.5)],
         Phase.INTERRUPTED,
-        [*START, Ask, KillTree, EndAttempt],
+        [*ASKED, KillTree, EndAttempt],
         exitcodes.INTERRUPTED,
     ),
     "Ctrl-C twice after a crash whose state cannot be saved": (
-        [*CRASHED, SaveFailed(3.1, "503"), Interrupt(5.0), Interrupt(5.5)],
+        [*CRASHED, SaveFailed(3.1, "503"), Interrupt(3.2), Interrupt(3.7)],
         Phase.INTERRUPTED,
-        [*START, KillTree, PersistNewest, EndAttempt],
+        [*START, *FAILED, Hurry, KillTree, PersistNewest, EndAttempt],
         exitcodes.INTERRUPTED,
+    ),
+    "Ctrl-C twice while one that hung is killed": (
+        [*HUNG, Interrupt(601.5), Interrupt(601.6)],
+        Phase.INTERRUPTED,
+        [*START, DumpStacks, Hurry, KillTree, EndAttempt],
+        exitcodes.INTERRUPTED,
+    ),
+    "Ctrl-C twice after a code that is never tried again": (
+        [*NEVER_AGAIN, SaveFailed(3.1, "503"), Interrupt(3.2), Interrupt(3.7)],
+        Phase.FAILED,
+        [*START, KillTree, PersistNewest, Hurry, EndAttempt],
+        2,
     ),
     "Ctrl-C twice after SIGTERM": (
         [*DRAINING, Interrupt(5.5), Interrupt(6.0)],
         Phase.INTERRUPTED,
-        [*START, Ask, KillTree, EndAttempt],
+        [*ASKED, Hurry, KillTree, EndAttempt],
         exitcodes.INTERRUPTED,
     ),
     "Ctrl-C once after SIGTERM": (
         [*DRAINING, Interrupt(5.5), Exited(6.0, 75, obeyed=True), Drained(6.5)],
         Phase.PREEMPTED,
-        [*START, Ask, PersistNewest, EndAttempt],
+        [*ASKED, Hurry, PersistNewest, EndAttempt],
         exitcodes.PREEMPTED,
     ),
     "Ctrl-C twice while a finished run cannot be saved": (
         [*FINISHING, SaveFailed(5.5, "503"), Interrupt(6.0), Interrupt(6.5)],
         Phase.INTERRUPTED,
-        [*START, PersistNewest, EndAttempt],
+        [*START, PersistNewest, Hurry, EndAttempt],
         exitcodes.INTERRUPTED,
     ),
     "Ctrl-C between two attempts": (
-        [*BACKOFF, Interrupt(4.1)],
+        [*CRASHED, Interrupt(3.1), Drained(4.0)],
         Phase.INTERRUPTED,
-        [*START, KillTree, PersistNewest, EndAttempt, EndAttempt],
+        [*START, *FAILED, Hurry, KillTree, PersistNewest, EndAttempt],
         exitcodes.INTERRUPTED,
     ),
     "Ctrl-C while restoring": (
-        [*RESTORING, Interrupt(0.15)],
-        Phase.INTERRUPTED,
-        [Claim, Restore, EndAttempt],
+        [*RESTORING, Interrupt(0.15), Drained(0.2)],
+        Phase.INTERRUPTED,  # its end has not been heard of yet: it is killed once more
+        [*START, Hurry, KillTree, PersistNewest, KillTree, EndAttempt],
         exitcodes.INTERRUPTED,
     ),
     "Ctrl-C before anything": (
-        [Interrupt(0.05)],
+        [Interrupt(0.05), Drained(0.1)],
         Phase.INTERRUPTED,
-        [Claim, EndAttempt],
+        [Claim, Hurry, KillTree, PersistNewest, EndAttempt],
+        exitcodes.INTERRUPTED,
+    ),
+    "Ctrl-C twice before anything": (
+        [Interrupt(0.05), Interrupt(0.1)],
+        Phase.INTERRUPTED,
+        [Claim, Hurry, KillTree, PersistNewest, EndAttempt],
         exitcodes.INTERRUPTED,
     ),
     "runner stop": (
         [*TRAINED, StopAsked(5.0), Exited(5.5, 75, obeyed=True), Drained(5.9)],
         Phase.STOPPED,
-        [*START, Ask, PersistNewest, EndAttempt],
+        [*ASKED, PersistNewest, EndAttempt],
         exitcodes.INTERRUPTED,
     ),
     "runner stop before anything": (
-        [StopAsked(0.05)],
+        [StopAsked(0.05), Drained(0.1)],
         Phase.STOPPED,
-        [Claim, EndAttempt],
+        [Claim, Hurry, KillTree, PersistNewest, EndAttempt],
         exitcodes.INTERRUPTED,
     ),
     "runner stop while restoring": (
-        [*RESTORING, StopAsked(5.0)],
+        [*RESTORING, StopAsked(5.0), Exited(5.1, -9), Drained(5.2), Drained(5.3)],
         Phase.STOPPED,
-        [Claim, Restore, EndAttempt],
+        [*START, Hurry, KillTree, PersistNewest, PersistNewest, EndAttempt],
         exitcodes.INTERRUPTED,
     ),
     "runner stop between two attempts": (
-        [*BACKOFF, StopAsked(4.1)],
+        [*CRASHED, StopAsked(3.1), Drained(4.0)],
         Phase.STOPPED,
-        [*START, KillTree, PersistNewest, EndAttempt, EndAttempt],
+        [*START, *FAILED, Hurry, KillTree, PersistNewest, EndAttempt],
         exitcodes.INTERRUPTED,
     ),
-    "runner stop after a crash": (
-        [*CRASHED, StopAsked(3.5), Drained(4.0)],
+    "runner stop while one that hung is killed": (
+        [*HUNG, StopAsked(601.5), Tick(602.1), Exited(602.2, -9), Drained(603.0)],
         Phase.STOPPED,
-        [*START, KillTree, PersistNewest, EndAttempt],
+        [*START, DumpStacks, Hurry, KillTree, KillTree, PersistNewest, EndAttempt],
         exitcodes.INTERRUPTED,
     ),
     "SIGTERM after runner stop": (
         [*TRAINED, StopAsked(5.0), sigterm(5.1), Exited(5.5, 75, obeyed=True), Drained(5.9)],
         Phase.PREEMPTED,
-        [*START, Ask, PersistNewest, EndAttempt],
+        [*ASKED, Hurry, PersistNewest, EndAttempt],
         exitcodes.PREEMPTED,
     ),
     # ------------------------------------------------------------ failures
-    "it crashes": (CRASHED, Phase.STOPPING, [*START, KillTree, PersistNewest], 0),
-    "it crashes and its state is saved": (
-        BACKOFF,
+    "it crashes, and what it left is saved beside the next start": (
+        CRASHED,
         Phase.BACKOFF,
-        [*START, KillTree, PersistNewest, EndAttempt],
+        [*START, *FAILED],
+        0,
+    ),
+    "it crashes, and what it left is saved during the backoff": (
+        [*CRASHED, Saved(3.5, 12)],
+        Phase.BACKOFF,
+        [*START, *FAILED],
         0,
     ),
     "the backoff is over": (
-        [*BACKOFF, Tick(4.9), Tick(5.0)],
+        [*CRASHED, Tick(3.9), Tick(4.0)],
         Phase.STARTING,
-        [*START, KillTree, PersistNewest, EndAttempt, Claim],
+        [*START, *FAILED, Claim],
+        0,
+    ),
+    "it is started again": (
+        [*CRASHED, Tick(4.0), Claimed(4.1, 2), RestoreReady(4.2, 12)],
+        Phase.RUNNING,
+        [*START, *FAILED, *START],
         0,
     ),
     "a save that fails does not shorten the backoff": (
-        [*BACKOFF, SaveFailed(4.1, "503"), Tick(4.7)],
+        [*CRASHED, SaveFailed(3.1, "503"), Tick(3.7)],
         Phase.BACKOFF,
-        [*START, KillTree, PersistNewest, EndAttempt],
+        [*START, *FAILED],
         0,
     ),
+    "what was left cannot be saved, and it is started again": (
+        [*CRASHED, SaveFailed(3.9, "503"), Tick(4.0)],
+        Phase.STARTING,
+        [*START, *FAILED, Claim],
+        0,
+    ),
+    "a code that is never tried again, and what it left is saved first": (
+        NEVER_AGAIN,
+        Phase.STOPPING,
+        [*START, KillTree, PersistNewest],
+        2,
+    ),
     "a code that is never tried again": (
-        [*TRAINED, Exited(3.0, 2), Drained(4.0)],
+        [*NEVER_AGAIN, SaveFailed(3.5, "503"), Tick(3.9), Tick(4.0), Drained(4.5)],
         Phase.FAILED,
-        [*START, KillTree, PersistNewest, EndAttempt],
+        [*START, KillTree, PersistNewest, PersistNewest, EndAttempt],
         2,
     ),
     "75 without having been asked is a failure like others": (
-        [*TRAINED, Exited(3.0, 75), Drained(4.0)],
+        [*TRAINED, Exited(3.0, 75)],
         Phase.BACKOFF,
-        [*START, KillTree, PersistNewest, EndAttempt],
+        [*START, *FAILED],
         0,
     ),
     # ------------------------------------------------------------ hangs
     "just not hung": ([*TRAINED, Tick(601.0)], Phase.RUNNING, START, 0),
     "it hangs": (HUNG, Phase.STOPPING, [*START, DumpStacks], 0),
     "it hangs, and is killed when its stacks are out": (
-        [*HUNG, Tick(602.0), Tick(602.1), Exited(602.2, -9), Drained(603.0)],
+        [*HUNG, Tick(602.0), Tick(602.1), Exited(602.2, -9)],
         Phase.BACKOFF,
-        [*START, DumpStacks, KillTree, KillTree, PersistNewest, EndAttempt],
+        [*START, DumpStacks, KillTree, *FAILED],
+        0,
+    ),
+    "it hangs, and nothing but its end is waited for": (
+        [*HUNG, Tick(602.1), Drained(602.2), Tick(700.0)],
+        Phase.STOPPING,
+        [*START, DumpStacks, KillTree],
         0,
     ),
     "it hangs, and dies of the question": (
-        [*HUNG, Exited(601.2, -34), Tick(602.2), Drained(603.0)],
+        [*HUNG, Exited(601.2, -34), Tick(602.1)],
         Phase.BACKOFF,
-        [*START, DumpStacks, KillTree, PersistNewest, EndAttempt],
+        [*START, DumpStacks, *FAILED],
         0,
     ),
     "it hangs before its first step": (
@@ -465,7 +660,7 @@ HISTORIES: dict[str, tuple[Sequence[Event], Phase, list[type[Action]], int]] = {
     "SIGTERM while the stacks come out": (
         [*HUNG, sigterm(601.5), Tick(602.1), Exited(602.2, -9), Drained(603.0)],
         Phase.PREEMPTED,
-        [*START, DumpStacks, KillTree, KillTree, PersistNewest, EndAttempt],
+        [*START, DumpStacks, Hurry, KillTree, KillTree, PersistNewest, EndAttempt],
         exitcodes.PREEMPTED,
     ),
     "it moves again and again": (
@@ -482,13 +677,13 @@ HISTORIES: dict[str, tuple[Sequence[Event], Phase, list[type[Action]], int]] = {
     ),
     # ------------------------------------------------------------ requests
     "a save is asked for": ([*TRAINED, SaveAsked(3.0)], Phase.RUNNING, [*START, Ask], 0),
-    "a save is asked for too late": ([*DRAINING, SaveAsked(5.1)], Phase.DRAINING, [*START, Ask], 0),
+    "a save is asked for too late": ([*DRAINING, SaveAsked(5.1)], Phase.DRAINING, ASKED, 0),
     "a save is asked for too early": ([SaveAsked(0.0)], Phase.STARTING, [Claim], 0),
     "a signal for the trainer": ([*TRAINED, Relayed(3.0, 1)], Phase.RUNNING, [*START, Relay], 0),
     "a signal for a trainer that is draining": (
         [*DRAINING, Relayed(6.0, 12)],
         Phase.DRAINING,
-        [*START, Ask, Relay],
+        [*ASKED, Relay],
         0,
     ),
     "a signal for no trainer": ([Relayed(0.0, 1)], Phase.STARTING, [Claim], 0),
@@ -510,14 +705,14 @@ def test_a_history_ends_where_it_should(
 
 
 A_SIGNAL = {Phase.PREEMPTED, Phase.INTERRUPTED, Phase.STOPPED}
-NO_START = {Phase.BACKOFF, Phase.FAILED}
+FAILURE = {Phase.BACKOFF, Phase.STOPPING, Phase.FAILED}
 MOVES: dict[Phase, set[Phase]] = {  # the drawing at the top of the module
-    Phase.STARTING: {Phase.RESTORING, *NO_START, *A_SIGNAL},
-    Phase.RESTORING: {Phase.RUNNING, *NO_START, *A_SIGNAL},
-    Phase.RUNNING: {Phase.DRAINING, Phase.STOPPING, *NO_START},
+    Phase.STARTING: {Phase.RESTORING, Phase.DRAINING, *FAILURE},
+    Phase.RESTORING: {Phase.RUNNING, Phase.DRAINING, *FAILURE},
+    Phase.RUNNING: {Phase.DRAINING, *FAILURE},
     Phase.DRAINING: {Phase.SUCCEEDED, *A_SIGNAL},
     Phase.STOPPING: {Phase.BACKOFF, Phase.FAILED, *A_SIGNAL},
-    Phase.BACKOFF: {Phase.STARTING, *A_SIGNAL},
+    Phase.BACKOFF: {Phase.STARTING, Phase.DRAINING},
 }
 
 
@@ -551,17 +746,50 @@ def test_the_histories_make_every_move_of_the_drawing_and_no_other() -> None:
 def test_the_trainer_is_told_why_and_until_when(event: Event, why: Why) -> None:
     state, performed = play([*TRAINED, event, Exited(6.0, 75, obeyed=True)])
 
-    assert performed[-2:] == [
+    assert performed[-3:] == [
+        Hurry(35.0),
         Ask(Request.SAVE_AND_STOP, why, 35.0),
         PersistNewest((why.trigger,)),
     ]
     assert state.phase is Phase.DRAINING
 
 
+HURRIES: dict[str, tuple[Sequence[Event], list[float]]] = {
+    "a notice": ([*TRAINED, sigterm(5.0)], [35.0]),
+    "a notice before anything": ([sigterm(5.0)], [35.0]),
+    "a notice while restoring": ([*RESTORING, sigterm(5.0)], [35.0]),
+    "a notice between two attempts": ([*CRASHED, sigterm(5.0)], [35.0]),
+    "a notice while a hung trainer is being killed": ([*HUNG, sigterm(601.5)], [631.5]),
+    "a notice after a code that is never tried again": ([*NEVER_AGAIN, sigterm(5.0)], [35.0]),
+    "a notice while the final state is saved": ([*FINISHING, sigterm(6.0)], [36.0]),
+    "a notice of more than the grace": ([*TRAINED, sigterm(5.0, grace=120.0)], [125.0]),
+    "Ctrl-C has the grace": ([*TRAINED, Interrupt(5.0)], [35.0]),
+    "runner stop has the grace": ([*TRAINED, StopAsked(5.0)], [35.0]),
+    "a second notice leaves less time": ([*DRAINING, sigterm(6.0, grace=8.0)], [35.0, 14.0]),
+    "a second notice promises more": ([*DRAINING, sigterm(6.0, grace=600.0)], [35.0, 35.0]),
+    "Ctrl-C after a notice": ([*DRAINING, Interrupt(6.0)], [35.0, 35.0]),
+    "a save is asked for": ([*TRAINED, SaveAsked(5.0)], []),
+    "a crash": (CRASHED, []),
+}
+
+
+@pytest.mark.parametrize(("events", "deadlines"), HURRIES.values(), ids=list(HURRIES))
+def test_the_store_is_told_until_when_it_may_last(
+    events: Sequence[Event], deadlines: list[float]
+) -> None:
+    _, performed = play(events)
+
+    assert [a.deadline for a in performed if isinstance(a, Hurry)] == deadlines
+
+
 TRIGGERS = {
     "finished": (FINISHING, ("final",)),
     "finished after the notice": ([*DRAINING, Exited(6.0, 0)], ("final",)),
-    "crashed": (CRASHED, ()),
+    "never to be tried again": (NEVER_AGAIN, ()),
+    "given up": ([*REFUSED, PreparationFailed(500.0, "403", final=False)], ()),
+    "a notice before anything": ([sigterm(5.0)], ("preemption",)),
+    "a notice while restoring": ([*RESTORING, sigterm(5.0)], ("preemption",)),
+    "Ctrl-C between two attempts": ([*CRASHED, Interrupt(5.0)], ("interrupt",)),
     "crashed after the notice": ([*DRAINING, Exited(6.0, 1)], ("preemption",)),
     "no boundary within a quarter of the grace": ([*DRAINING, Tick(12.5)], ("preemption",)),
     "tried again": (
@@ -572,7 +800,7 @@ TRIGGERS = {
         [*HUNG, sigterm(601.5), Exited(602.2, -9)],
         ("preemption",),
     ),
-    "a notice while a crashed one is saved": (
+    "a notice while what a crashed one left is saved": (
         [*CRASHED, sigterm(3.5), SaveFailed(4.0, "503"), Tick(4.5)],
         ("preemption",),
     ),
@@ -588,48 +816,96 @@ def test_a_checkpoint_says_why_it_was_made(
     assert [a for a in performed if isinstance(a, PersistNewest)][-1] == PersistNewest(triggers)
 
 
-@pytest.mark.parametrize(
-    ("events", "outcome", "cause"),
-    [
-        ([*FINISHING, Drained(6.0)], "succeeded", "finished"),
-        ([*DRAINING, Exited(6.0, 75, True), Drained(7.0)], "preempted", "preemption (SIGTERM)"),
-        ([*TRAINED, StopAsked(3.0), Exited(6.0, 75, True), Drained(7.0)], "stopped", "stop"),
-        ([*TRAINED, Exited(3.0, 3), Drained(4.0)], "failed", "the trainer exited with code 3"),
-        ([*TRAINED, Exited(3.0, -9), Drained(4.0)], "failed", "the trainer was killed by SIGKILL"),
-        ([*TRAINED, Exited(3.0, -35), Drained(4.0)], "failed", "the trainer was killed by signal"),
-        ([*HUNG, Tick(602.1), Exited(602.2, -9), Drained(603.0)], "failed", "hang"),
-        ([*RUNNING, LaunchFailed(0.3, "no such program")], "failed", "no such program"),
-    ],
-)
+ENDS: dict[str, tuple[Sequence[Event], str, str]] = {
+    "it finishes": ([*FINISHING, Drained(6.0)], "succeeded", "finished"),
+    "a notice": (
+        [*DRAINING, Exited(6.0, 75, True), Drained(7.0)],
+        "preempted",
+        "preemption (SIGTERM)",
+    ),
+    "a notice while restoring": (
+        [*RESTORING, sigterm(0.15), Drained(0.2)],
+        "preempted",
+        "preemption (SIGTERM)",
+    ),
+    "a notice while restoring, which fails": (
+        [
+            *RESTORING,
+            sigterm(0.15),
+            PreparationFailed(0.2, "503", final=True),
+            Drained(0.3),
+            Drained(0.4),
+        ],
+        "preempted",
+        "preemption (SIGTERM)",
+    ),
+    "runner stop": (
+        [*TRAINED, StopAsked(3.0), Exited(6.0, 75, True), Drained(7.0)],
+        "stopped",
+        "stop",
+    ),
+    "a code": ([*TRAINED, Exited(3.0, 3)], "failed", "the trainer exited with code 3"),
+    "a code, while restoring": (
+        [*RESTORING, Exited(3.0, 3)],
+        "failed",
+        "the trainer exited with code 3",
+    ),
+    "a code that is never tried again": (
+        [*NEVER_AGAIN, Drained(4.0)],
+        "failed",
+        "the trainer exited with code 2, which is never tried again",
+    ),
+    "SIGKILL": ([*TRAINED, Exited(3.0, -9)], "failed", "the trainer was killed by SIGKILL"),
+    "a signal without a name": (
+        [*TRAINED, Exited(3.0, -35)],
+        "failed",
+        "the trainer was killed by signal 35",
+    ),
+    "a hang": ([*HUNG, Tick(602.1), Exited(602.2, -9)], "failed", "hang"),
+    "no such program": (
+        [*RESTORING, LaunchFailed(0.3, "no such program")],
+        "failed",
+        "no such program",
+    ),
+    "nothing to begin from": (
+        [*RESTORING, PreparationFailed(0.3, "503", final=False)],
+        "failed",
+        "503",
+    ),
+}
+
+
+@pytest.mark.parametrize(("events", "outcome", "cause"), ENDS.values(), ids=list(ENDS))
 def test_an_attempts_record_says_how_it_ended(
     events: Sequence[Event], outcome: str, cause: str
 ) -> None:
     _, performed = play(events)
 
-    end = performed[-1]
-    assert isinstance(end, EndAttempt)
-    assert end.outcome == outcome
-    assert end.cause.startswith(cause)
+    ends = [action for action in performed if isinstance(action, EndAttempt)]
+    assert ends == [EndAttempt(outcome, cause)]
 
 
 # ---------------------------------------------------------------- the budget
 
 
-def failing(at: float, *, durable: int | None = None, code: int = 1) -> list[Event]:
-    """One attempt, from the claim to the end of its backoff, that fails after a save or without."""
+def failing(at: float, *, durable: int | None = None, left: int = -1, code: int = 1) -> list[Event]:
+    """One attempt, from the claim to the end of its backoff, that fails.
+
+    `durable` is a step that it had saved, `left` the one that was in its newest slot.
+    """
     saved: list[Event] = [] if durable is None else [Saved(at + 0.3, durable)]
     return [
         Claimed(at, 1),
         RestoreReady(at + 0.1, 0),
         *saved,
-        Exited(at + 0.5, code),
-        Drained(at + 0.6),
+        Exited(at + 0.5, code, left_step=left),
+        Drained(at + 0.6),  # counts where it is given up, and then only
         Tick(at + 99.0),
     ]
 
 
-def failures(count: int, *, durable: int | None = None) -> list[Event]:
-    return [event for i in range(count) for event in failing(100.0 * i, durable=durable)]
+def failures(count: int, *, durable: int | None = None, left: int = -1) -> list[Event]:
+    return [event for i in range(count) for event in failing(100.0 * i, durable=durable, left=left)]
 
 
 @pytest.mark.parametrize("budget", [0, 1, 5])
@@ -679,13 +955,71 @@ def test_going_back_and_forth_over_the_same_steps_is_no_progress() -> None:
     assert [type(a) for a in performed].count(Launch) == 5  # one at step 10, four at step 12
 
 
+def test_a_later_step_in_the_newest_slot_makes_the_budget_whole_again() -> None:
+    """It is made durable from the crash on: to wait for that would only take time."""
+    policy = Policy(failures=1)
+    progressing = [event for i in range(9) for event in failing(100.0 * i, left=i)]
+
+    state, performed = play(progressing, policy=policy)
+
+    assert state.phase is Phase.STARTING
+    assert [type(a) for a in performed].count(Launch) == 9
+
+
+def test_the_same_step_in_the_newest_slot_again_is_no_progress() -> None:
+    state, performed = play(failures(9, left=10), policy=Policy(failures=2))
+
+    assert state.phase is Phase.FAILED
+    assert [type(a) for a in performed].count(Launch) == 3
+
+
+def test_a_step_that_was_in_a_slot_at_one_failure_is_no_progress_when_it_is_saved() -> None:
+    events = [*failing(0.0, durable=3, left=10), *failing(100.0, durable=10, left=10)]
+
+    state, _ = play(events)
+
+    assert state.failures == 2
+
+
+def test_a_failure_without_a_trainer_does_not_make_an_old_step_new() -> None:
+    """The store is away in between, so what is in the slot is not durable yet."""
+    crash = failing(0.0, left=10)
+    refusal = [PreparationFailed(100.0, "503", final=False), Tick(199.0)]
+
+    state, _ = play([*crash, *refusal, *failing(200.0, left=10)])
+
+    assert state.failures == 3
+
+
+def test_only_steps_past_the_furthest_are_progress() -> None:
+    events = [*failing(0.0, left=10), *failing(100.0, left=7), *failing(200.0, left=9)]
+
+    state, _ = play(events)
+    further, _ = play(failing(300.0, left=11), state)
+
+    assert (state.failures, further.failures) == (3, 1)
+
+
 def test_a_store_that_refuses_uses_up_the_budget_too() -> None:
     refusals = [PreparationFailed(100.0 * i, "403", final=False) for i in range(3)]
     events = [event for refusal in refusals for event in (refusal, Tick(refusal.at + 99.0))]
 
     state, _ = play(events, policy=Policy(failures=2))
 
-    assert (state.phase, state.exit_code) == (Phase.FAILED, exitcodes.GIVEN_UP)
+    assert (state.phase, state.goal) == (Phase.STOPPING, Phase.FAILED)
+    over, _ = play([Drained(300.0)], state)
+    assert (over.phase, over.exit_code) == (Phase.FAILED, exitcodes.GIVEN_UP)
+
+
+def test_a_failure_counts_once_whatever_is_heard_of_it_later() -> None:
+    """The trainer crashes while its state is fetched, and then that fails as well."""
+    fetched_late = [PreparationFailed(9.0, "503", final=False), RestoreReady(9.0, 10)]
+
+    for late in fetched_late:
+        state, _ = play([*RESTORING, Exited(0.2, 1), Tick(5.0), late, Tick(9.1)])
+
+        assert state.phase is Phase.STARTING
+        assert (state.failures, state.durable_step) == (1, -1)
 
 
 def test_preemptions_neither_count_as_failures_nor_as_progress() -> None:
@@ -705,7 +1039,7 @@ def test_the_backoff_doubles_up_to_its_longest() -> None:
     for i in range(7):
         state, _ = play(failing(100.0 * i)[:-1], state)
         assert state.retry_at is not None
-        waits.append(state.retry_at - (100.0 * i + 0.6))
+        waits.append(state.retry_at - (100.0 * i + 0.5))
         state, _ = step(state, Tick(100.0 * i + 99.0))
 
     assert waits == pytest.approx([1, 2, 4, 8, 10, 10, 10])
@@ -803,7 +1137,7 @@ def histories(draw: st.DrawFn) -> list[Event]:
         RestoreReady: st.tuples(st.integers(0, 9)),
         PreparationFailed: st.tuples(texts, st.booleans()),
         LaunchFailed: st.tuples(texts),
-        Exited: st.tuples(codes, st.booleans()),
+        Exited: st.tuples(codes, st.booleans(), st.integers(-1, 9)),
         Progressed: st.tuples(st.sampled_from(["training", "after training"])),
         Saved: st.tuples(st.integers(0, 9)),
         Drained: st.just(()),
@@ -841,33 +1175,37 @@ POLICIES = st.builds(
 @given(POLICIES, histories())
 def test_no_history_breaks_the_machine(policy: Policy, events: list[Event]) -> None:
     state, _ = begin(policy)
-    claims, launches, persisting = 1, 0, False
-    running = tree_may_live = False
+    claims, launches, persisting, preparing = 1, 0, False, False
+    running = tree_may_live = unsaved = False
     for event in events:
         before = state
         state, actions = step(state, event)
+        kinds = [type(action) for action in actions if not isinstance(action, Say)]
         if before.phase in TERMINAL:
             assert (state, actions) == (before, [])
             continue
         if state.phase is not before.phase:
-            # A launch may fail in the very instant of a signal, which is not worth a line there.
-            rare = {Phase.FAILED} if before.phase is Phase.DRAINING else set()
-            assert state.phase in {*MOVES[before.phase], *rare, Phase.FENCED}
-        if isinstance(event, Exited | LaunchFailed | PreparationFailed):
+            assert state.phase in {*MOVES[before.phase], Phase.FENCED}
+        if isinstance(event, Exited):
             running = False
-        if isinstance(event, LaunchFailed | PreparationFailed):
-            tree_may_live = False  # nothing was started
+        if isinstance(event, LaunchFailed):
+            running = tree_may_live = False  # nothing was started
         if isinstance(event, Drained | SaveFailed):
             persisting = False
+        if isinstance(event, RestoreReady | PreparationFailed):
+            preparing = False
         for action in actions:
             match action:
                 case Claim():
+                    assert not preparing, "the one before is still being fetched"
                     claims += 1
+                case Restore():
+                    preparing = True
                 case Launch():
                     assert not tree_may_live, "the tree of the one before was never killed"
                     assert launches < claims, "each start has an attempt of its own"
                     launches += 1
-                    running = tree_may_live = True
+                    running = tree_may_live = unsaved = True
                 case KillTree():
                     running = tree_may_live = False
                 case PersistNewest():
@@ -875,12 +1213,29 @@ def test_no_history_breaks_the_machine(policy: Policy, events: list[Event]) -> N
                     persisting = True
                 case Ask(kind, _, _):
                     assert kind is Request.SAVE or state.deadline is not None
+                case Hurry(deadline):
+                    assert deadline == state.deadline
+        if state.phase is Phase.BACKOFF and before.phase is not Phase.BACKOFF:
+            assert kinds == FAILED, "it is killed, its end written down, what it left is saved"
+            unsaved = False
+        if isinstance(event, Exited) and unsaved:
+            assert PersistNewest in kinds or state.again, "what it left is forgotten"
+            unsaved = False
+        if isinstance(event, Notice | Interrupt | StopAsked) and state.phase not in TERMINAL:
+            assert kinds.count(Hurry) == 1, "the store does not hear of the deadline"
         if state.phase in TERMINAL:
             assert not running, "a trainer is left behind"
             known = {0, 2, 70, 75, 76, 130, *policy.never}
             assert state.exit_code in known
             assert (state.exit_code == 0) == (state.phase is Phase.SUCCEEDED)
         else:
-            assert state.exit_code in {0, *policy.never}
+            assert (state.exit_code != 0) == (state.goal is Phase.FAILED)
+            assert (state.goal is None) or state.phase in (Phase.DRAINING, Phase.STOPPING)
+            assert state.durable_at_failure >= before.durable_at_failure
+        if before.goal is not None and state.phase in TERMINAL - {Phase.FENCED}:
+            saved = isinstance(event, Drained) and not before.again
+            out_of_time = isinstance(event, Tick) and before.deadline is not None
+            twice = isinstance(event, Interrupt) and before.wish is Phase.INTERRUPTED
+            assert saved or out_of_time or twice, "what is in the slots was being saved"
         if isinstance(event, Tick) and before.deadline is not None:
             assert event.at < before.deadline or state.phase in TERMINAL, "the grace is over"

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+import safetensors.torch
+import torch
+from slots import read_slot
 
+from runner.checkpoint.claims import Claims
+from runner.checkpoint.manifest import Moment
 from runner.errors import SpoolFull
 from runner.spool import RankSpool
 from runner.training import slots
+from runner.training.overlap import Overlap, Pair
 from runner.training.slots import SlotMemory
+from runner.training.snapshot import SnapshotWriter
+from runner.training.tensors import TensorSink
 
 MIB = 1 << 20
 
@@ -153,3 +163,105 @@ def test_a_claimed_slot_is_not_moved_to_disk_under_its_reader(
 
     assert not rank.put_on_disk(0, tmp_path / "disk")
     assert rank.slot_path(0).stat().st_size == MIB
+
+
+# ---------------------------------------------------------------- a kill inside a copy
+
+
+class Killed(BaseException):
+    """The trainer is gone: nothing of it runs any more."""
+
+
+class MortalDevice:
+    """Every tensor lives on it. When `is_dying`, a copy ends after the first of its tensors."""
+
+    is_dying = False
+
+    def handles(self, tensor: torch.Tensor) -> bool:
+        return True
+
+    def register(self, memory: mmap.mmap) -> None: ...
+
+    def copy_now(self, pairs: Sequence[Pair]) -> None:
+        for place, tensor in pairs:
+            place.copy_(tensor)
+            if self.is_dying:
+                raise Killed
+
+    def copy_beside(self, pairs: Sequence[Pair]) -> Any:
+        raise AssertionError("overlap is off")
+
+    def hold_compute(self, ticket: Any) -> None: ...
+
+    def wait(self, ticket: Any) -> None: ...
+
+
+class Trainer:
+    """Its state are two tensors that are full of the number of the step."""
+
+    def __init__(self, rank: RankSpool, count: int, disk: Path) -> None:
+        self.device = MortalDevice()
+        overlap = Overlap(self.device, [], enabled=False)
+        memory = SlotMemory(rank, count, disk)
+        self._writer = SnapshotWriter(rank, memory, overlap, alive=lambda: None)
+
+    def save(self, step: int, *triggers: str) -> bool:
+        sink = TensorSink()
+        for name, tensor in state_at(step).items():
+            sink.add(tensor, f"model.{name}")
+        created_at = "2025-11-21T05:46:00+00:00"
+        moment = Moment(1, step, step, 0, step, created_at=created_at, triggers=triggers)
+        return self._writer.take(moment, {"step": step}, sink, {}, beside=False)
+
+
+def state_at(step: int) -> dict[str, torch.Tensor]:
+    return {name: torch.full((1000,), float(step)) for name in ("bias", "weight")}
+
+
+@pytest.mark.parametrize(("count", "continues_at"), [(1, 10), (2, 10), (3, 12)])
+def test_a_kill_inside_a_copy_costs_what_only_a_third_slot_saves(
+    rank: RankSpool, tmp_path: Path, count: int, continues_at: int
+) -> None:
+    """Step 10 is being persisted, and step 12 is in the second slot, if there is one.
+
+    The copy of step 13 goes over step 12 where there are two slots, for step 10 is claimed. A kill
+    in its middle costs the steps since 10. A third slot leaves step 12 as it is.
+    """
+    trainer = Trainer(rank, count, tmp_path / "disk")
+    claims = Claims(rank)  # the supervisor's
+    assert trainer.save(10, "interval")
+    persisting = claims.take(0)
+    assert persisting is not None
+    assert trainer.save(12) == (count > 1)
+
+    trainer.device.is_dying = True
+    if count > 1:
+        with pytest.raises(Killed):
+            trainer.save(13)
+    else:
+        assert not trainer.save(13)  # passed over: there is nothing to copy it into
+
+    newest = claims.complete()[-1]
+    assert newest.moment["step"] == continues_at
+    for marker in claims.complete():  # and all that is said to be complete is whole
+        saved = safetensors.torch.load(read_slot(rank, marker)["model.safetensors"])
+        expected = state_at(marker.moment["step"])
+        assert all(torch.equal(saved[name], expected[name]) for name in expected)
+
+
+def test_the_window_of_two_slots_is_shut_again_when_the_save_has_ended(
+    rank: RankSpool, tmp_path: Path
+) -> None:
+    """With no slot claimed, a copy goes over the older one, and a kill in it costs one snapshot."""
+    trainer = Trainer(rank, 2, tmp_path / "disk")
+    claims = Claims(rank)
+    trainer.save(10, "interval")
+    claims.take(0)
+    trainer.save(12)
+    claims.release(0, must=False)
+
+    trainer.device.is_dying = True
+    with pytest.raises(Killed):
+        trainer.save(13)
+
+    assert [marker.moment["step"] for marker in claims.complete()] == [12]

@@ -118,7 +118,8 @@ class Keeper:
             source = "store"
             named = self._find(self._archive, which) if which else None
             with self._saving:  # what is being saved is not overwritten
-                # Whatever is in the slots is older, or is what the run goes back from.
+                self.persist_due()
+                # Whatever else is in the slots is older, or is what the run goes back from.
                 self._rank.forget()
                 self._durable = stored
                 held = self._from_store(go_back) if named is None else self._named(named)
@@ -145,7 +146,7 @@ class Keeper:
     def _let_go(self) -> None:
         """End the claim on what was restored from, or was to be."""
         marker, self._restoring = self._restoring, None
-        if marker is not None and _is_foreign(marker):
+        if marker is not None and is_foreign(marker):
             self._claims.drop(marker.slot)
         elif marker is not None:
             self._claims.release(marker.slot)
@@ -153,7 +154,7 @@ class Keeper:
     def _drop_foreign(self) -> None:
         """Free the slots of another run's checkpoint that no trainer has come to take."""
         for marker in self._rank.complete():
-            if _is_foreign(marker):
+            if is_foreign(marker):
                 self._rank.withdraw(marker.slot)
 
     def _newest_slot(self, stored: CheckpointName) -> tuple[Marker, Moment] | None:
@@ -268,7 +269,7 @@ class Keeper:
         return None
 
     def _own_slots(self) -> list[Marker]:
-        return [marker for marker in self._claims.complete() if not _is_foreign(marker)]
+        return [marker for marker in self._claims.complete() if not is_foreign(marker)]
 
     def _gives_way(self, marker: Marker) -> bool:
         """Whether a newer state than this one is waited for."""
@@ -376,7 +377,7 @@ def read_restore(rank: RankSpool) -> Marker | None:
     return read_marker(rank.folder / "restore.json")
 
 
-def _is_foreign(marker: Marker) -> bool:
+def is_foreign(marker: Marker) -> bool:
     """Whether a slot holds another run's checkpoint, whose attempts and saves mean nothing here."""
     return "origin" in marker.facts
 

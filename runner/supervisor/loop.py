@@ -25,7 +25,7 @@ from watchdog.observers.api import BaseObserver
 
 from runner.checkpoint.archive import Archive
 from runner.checkpoint.attempts import Ledger, utc_now
-from runner.checkpoint.keeper import Keeper, Origin
+from runner.checkpoint.keeper import Keeper, Origin, is_foreign
 from runner.checkpoint.persist import Persister
 from runner.checkpoint.provenance import collect
 from runner.checkpoint.retention import Keep
@@ -112,6 +112,7 @@ class Supervisor:
         self._seen: tuple[int, str] | None = None
         self._first_step_seen = self._exit_seen = False
         self._last_saved_at: float | None = None
+        self._closed_attempt = 0
         self._begin_at = assignment.begin_at
 
     def run(self) -> int:
@@ -180,8 +181,9 @@ class Supervisor:
                 "snapshot; end early with run.stop(reason) to save the last state",
                 "epochs" if board.epochs else "batches",
             )
-        left = max((int(marker.moment["step"]) for marker in self._rank.complete()), default=-1)
-        return events.Exited(time.monotonic(), code, self._obeyed(), left)
+        left = [*self._rank.complete(), *self._rank.claimed()]
+        steps = [int(marker.moment["step"]) for marker in left if not is_foreign(marker)]
+        return events.Exited(time.monotonic(), code, self._obeyed(), max(steps, default=-1))
 
     def _progressed(self, now: float) -> events.Event | None:
         board = self._clerk.board
@@ -348,6 +350,9 @@ class Supervisor:
             self._events.put(self._exited(code))
 
     def _close_record(self, outcome: str, cause: str) -> None:
+        if self._closed_attempt == self._attempt:
+            return  # it failed, and the end came while the next one was being prepared
+        self._closed_attempt = self._attempt
         board = self._clerk.board
         changes: dict[str, Any] = {"outcome": outcome, "cause": cause, "ended_at": utc_now()}
         if board is not None:

@@ -97,6 +97,7 @@ _WHY = {
     Phase.STOPPED: Why.INTERRUPT,
 }
 _RETRY_SECONDS = 0.5
+_LAST_SAVE_SECONDS = 300.0  # that a run which has failed for good tries to save its last state
 _MAX_DOUBLINGS = 60  # of the backoff: its longest is reached long before
 _STACKS_SECONDS = 1.0  # between asking for the stacks of a hung trainer and killing it
 _IDLE_PHASES = ("after training",)  # a test after the loop gives no signs of life
@@ -233,9 +234,7 @@ def _on_exit(state: State, event: Exited) -> Step:
             state = replace(state, phase=Phase.STOPPING, cause=_describe(event.code))
             if event.code in state.policy.never:
                 cause = f"{state.cause}, which is never tried again"
-                return _kill_and_persist(
-                    replace(state, goal=Phase.FAILED, exit_code=event.code, cause=cause)
-                )
+                return _fail_for_good(replace(state, cause=cause), event.at, event.code)
             return _restart_or_give_up(state, event.at, event.left_step)
     return state, []
 
@@ -264,8 +263,7 @@ def _restart_or_give_up(state: State, at: float, left_step: int = -1) -> Step:
     furthest = max(state.durable_at_failure, reached)
     state = replace(state, failures=failures, durable_at_failure=furthest)
     if failures > state.policy.failures:
-        given_up = replace(state, goal=Phase.FAILED, exit_code=exitcodes.GIVEN_UP)
-        stopping, actions = _kill_and_persist(given_up)
+        stopping, actions = _fail_for_good(state, at, exitcodes.GIVEN_UP)
         times = "once" if failures == 1 else f"{failures} times in a row without a new step"
         return stopping, [Say(f"failed {times} ({state.cause}): given up", is_error=True), *actions]
     policy = state.policy
@@ -278,6 +276,13 @@ def _restart_or_give_up(state: State, at: float, left_step: int = -1) -> Step:
         PersistLeft(),
         Say(f"{state.cause}; failure {failures} of {policy.failures}, next start in {wait:g} s"),
     ]
+
+
+def _fail_for_good(state: State, at: float, exit_code: int) -> Step:
+    """Save what there is and end; a store that refuses is not waited for without end."""
+    deadline = at + max(state.policy.grace_seconds, _LAST_SAVE_SECONDS)
+    failed = replace(state, goal=Phase.FAILED, exit_code=exit_code, deadline=deadline)
+    return _kill_and_persist(failed)
 
 
 def _cannot_start(state: State, event: PreparationFailed | LaunchFailed) -> Step:

@@ -1,0 +1,363 @@
+"""A bucket, beside boto3's own ways: throughput, memory, requests, and an emergency save.
+
+Against the server that `S3_ENDPOINT` names (see tests/servers); it is the same for both sides of
+each ratio. Where it runs on this machine, its processor time is theirs too.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import mmap
+import os
+import secrets
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from runner.checkpoint.archive import Archive
+from runner.checkpoint.attempts import Ledger
+from runner.checkpoint.manifest import Manifest
+from runner.checkpoint.persist import Persister
+from runner.checkpoint.retention import Keep
+from runner.spool import open_slot
+from runner.store import Store, open_store
+from tests.bench.figures import Check, Figure, Peer
+from tests.bench.place import REPOSITORY, Neighbours, Place, neighbours
+from tests.slots import snapshot
+
+MIB = 1 << 20
+_PART_BYTES = 16 * MIB
+_SWEEP = ((8, 2), (16, 2), (16, 4), (16, 8), (32, 4))  # MiB of a part, threads
+_LARGE_BYTES = 1024 * MIB
+_OLD_SAVES, _YOUNG_SAVES, _SAVES = 10_000, 10, 20
+
+Values = dict[str, list[float]]
+
+
+class Bucket:
+    """A fresh prefix, and boto3's own client for the same place."""
+
+    def __init__(self) -> None:
+        import boto3
+        from botocore.config import Config
+
+        self.name = os.environ.get("S3_BUCKET", "runner-bench")
+        self.prefix = f"bench-{secrets.token_hex(4)}"
+        # As it comes: what somebody who calls upload_file has.
+        self.client = boto3.client(
+            "s3",
+            endpoint_url=os.environ["S3_ENDPOINT"],
+            config=Config(s3={"addressing_style": "path"}, max_pool_connections=16),
+        )
+        with contextlib.suppress(self.client.exceptions.BucketAlreadyOwnedByYou):
+            self.client.create_bucket(Bucket=self.name)
+
+    @property
+    def url(self) -> str:
+        return f"s3://{self.name}/{self.prefix}"
+
+    def store(self) -> Store:
+        from runner.store.s3_options import S3Options
+
+        return open_store(
+            self.url, S3Options(endpoint=os.environ["S3_ENDPOINT"], addressing="path")
+        )
+
+    def remove(self) -> None:
+        pages = self.client.get_paginator("list_objects_v2")
+        for page in pages.paginate(Bucket=self.name, Prefix=self.prefix):
+            keys = [{"Key": item["Key"]} for item in page.get("Contents", ())]
+            if keys:
+                self.client.delete_objects(Bucket=self.name, Delete={"Objects": keys})
+
+
+@contextlib.contextmanager
+def bucket() -> Iterator[Bucket]:
+    made = Bucket()
+    try:
+        yield made
+    finally:
+        made.remove()
+
+
+def measure(place: Place, repetitions: int) -> tuple[list[Figure], list[Check]]:
+    """Up and down, of 1 GiB."""
+    values: Values = {name: [] for name in ("up", "upload_file", "sweep", "down", "download_file")}
+    others = Neighbours()
+    path = _random_file(place.memory / "large", _LARGE_BYTES)
+    right = []
+    with bucket() as there:
+        for number in range(repetitions):
+            place.settle()
+            with neighbours(others):
+                right.append(_one_round(there, path, number, values))
+    size = _LARGE_BYTES / 1e6
+    plain = Peer("boto3 upload_file", values["upload_file"])
+    sweep = Peer("the best of plain multipart PUTs", values["sweep"])
+    down = Peer("boto3 download_file", values["download_file"])
+
+    def figure(name: str, key: str, peer: Peer) -> Figure:
+        return Figure(name, "s", values[key], peer, size, neighbours=others.cores)
+
+    return [
+        figure("upload, checksums and commit", "up", plain),
+        figure("upload, checksums and commit", "up", sweep),
+        figure("download and verification", "down", down),
+    ], [Check("what came back is what was sent", str(all(right)), "True")]
+
+
+def _one_round(there: Bucket, path: Path, number: int, values: Values) -> bool:
+    """Ours and theirs, by turns, over the same bytes; whether ours came back whole."""
+    memory = _mapped(path)
+    state = {"model.safetensors": memory, "state.json": memoryview(b"{}")}
+    saver = _persister(there.store(), f"run-{number}")
+    manifest: list[Manifest] = []
+    values["up"].append(
+        _seconds(lambda: manifest.append(saver.persist(snapshot(save=1).moment, state)))
+    )
+    key = f"{there.prefix}/plain"
+    values["upload_file"].append(
+        _seconds(lambda: there.client.upload_file(str(path), there.name, key))
+    )
+    values["sweep"].append(
+        min(_seconds(lambda way=way: _plain_upload(there, key, memory, *way)) for way in _SWEEP)
+    )
+    archive = Archive(there.store(), f"run-{number}")
+    layout = archive.layout(manifest[0])
+    into = memoryview(mmap.mmap(-1, layout.nbytes))
+    into[:: mmap.PAGESIZE] = bytes(len(into[:: mmap.PAGESIZE]))  # touched, as a slot is
+    values["down"].append(_seconds(lambda: archive.load_into(manifest[0], layout, into)))
+    target = path.with_name("down")
+    values["download_file"].append(
+        _seconds(lambda: there.client.download_file(there.name, key, str(target)))
+    )
+    target.unlink()
+    return into[: len(memory)] == memory
+
+
+def _plain_upload(there: Bucket, key: str, memory: memoryview, part_mib: int, threads: int) -> None:
+    """Low-level multipart PUTs with a SHA-256 for each part, and nothing besides."""
+    client, part_bytes = there.client, part_mib * MIB
+    names = {"Bucket": there.name, "Key": key}
+    upload = client.create_multipart_upload(**names, ChecksumAlgorithm="SHA256")["UploadId"]
+
+    def send(number: int) -> dict[str, Any]:
+        body = bytes(memory[(number - 1) * part_bytes : number * part_bytes])
+        checksum = base64.b64encode(sha256(body).digest()).decode()
+        answer = client.upload_part(
+            **names,
+            UploadId=upload,
+            PartNumber=number,
+            Body=body,
+            ChecksumAlgorithm="SHA256",
+            ChecksumSHA256=checksum,
+        )
+        return {"PartNumber": number, "ETag": answer["ETag"], "ChecksumSHA256": checksum}
+
+    with ThreadPoolExecutor(threads) as pool:
+        parts = list(pool.map(send, range(1, -(-len(memory) // part_bytes) + 1)))
+    client.complete_multipart_upload(**names, UploadId=upload, MultipartUpload={"Parts": parts})
+
+
+# ---------------------------------------------------------------------------- memory
+
+
+def measure_memory(place: Place, repetitions: int) -> tuple[list[Figure], list[Check]]:
+    """What a process that uploads 3 GB needs besides the slot."""
+    path = _random_file(place.memory / "huge", 3_000_000_000)
+    extra = []
+    with bucket() as there:
+        for number in range(repetitions):
+            _, printed = place.python("-m", "tests.bench.s3", str(path), there.url, f"run-{number}")
+            extra.append(float(printed))
+    return [
+        Figure("extra memory while uploading", "MB", extra, size_mb=3000, limit=200),
+    ], []
+
+
+def upload_and_look(path: Path, url: str, run_id: str) -> float:
+    """Upload a file as a supervisor does; megabytes of its own that the process grew by."""
+    from runner.store.s3_options import S3Options
+
+    store = open_store(url, S3Options(endpoint=os.environ["S3_ENDPOINT"], addressing="path"))
+    saver = _persister(store, run_id)
+    saver.persist(snapshot(save=1).moment, {"state.json": memoryview(b"{}")})
+    before, highest = _own_megabytes(), [0.0]
+    watcher = subprocess.Popen(
+        [sys.executable, "-c", _WATCH, str(os.getpid())], stdout=subprocess.PIPE, text=True
+    )
+    state = {"model.safetensors": _mapped(path), "state.json": memoryview(b"{}")}
+    saver.persist(snapshot(save=2).moment, state)
+    watcher.terminate()
+    highest.append(float(watcher.communicate()[0].split()[-1]))
+    return max(highest) - before
+
+
+_WATCH = """
+import re, sys, time
+highest = 0
+while True:
+    with open(f"/proc/{sys.argv[1]}/status") as status:
+        now = int(re.search(r"RssAnon:\\s+(\\d+)", status.read())[1]) / 1000
+    if now > highest:
+        highest = now
+        print(highest, flush=True)
+    time.sleep(0.002)
+"""
+
+
+def _own_megabytes() -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1000
+
+
+# ---------------------------------------------------------------------------- requests
+
+
+def measure_requests(place: Place, repetitions: int) -> tuple[list[Figure], list[Check]]:
+    """A save of three small files, retention included: requests and seconds, young and old."""
+    with bucket() as there:
+        store = there.store()
+        saver = _persister(store, "run", Keep(last=3))
+        files = {
+            name: memoryview(secrets.token_bytes(64 << 10))
+            for name in ("model.safetensors", "optimizer.safetensors", "state.json")
+        }
+        requests, seconds = [], []
+        for number in range(1, _OLD_SAVES + _SAVES + 1):
+            with counted_requests() as count:
+                seconds.append(_seconds(lambda n=number: _save(saver, n, files)))
+            requests.append(float(count[0]))
+    young = slice(_YOUNG_SAVES - 1, _YOUNG_SAVES - 1 + _SAVES)
+    old = slice(_OLD_SAVES, _OLD_SAVES + _SAVES)
+    return [
+        Figure("requests of a save", "requests", requests[old], limit=10.5),
+        Figure(
+            f"requests after {_OLD_SAVES} saves",
+            "requests",
+            requests[old],
+            Peer(f"after {_YOUNG_SAVES}", requests[young]),
+        ),
+        Figure(
+            f"seconds after {_OLD_SAVES} saves",
+            "s",
+            seconds[old],
+            Peer(f"after {_YOUNG_SAVES}", seconds[young]),
+        ),
+    ], []
+
+
+def _save(saver: Persister, number: int, files: dict[str, memoryview]) -> None:
+    moment = replace(snapshot(save=number).moment, step=number)
+    manifest = saver.persist(moment, files)
+    saver.ledger.committed(manifest.name, manifest.moment.step)
+    saver.retain()
+
+
+@contextlib.contextmanager
+def counted_requests() -> Iterator[list[int]]:
+    """How many requests this process sends meanwhile, whoever makes them."""
+    from botocore.httpsession import URLLib3Session
+
+    count, send = [0], URLLib3Session.send
+
+    def counting(session: Any, request: Any) -> Any:
+        count[0] += 1
+        return send(session, request)
+
+    URLLib3Session.send = counting
+    try:
+        yield count
+    finally:
+        URLLib3Session.send = send
+
+
+# ---------------------------------------------------------------------------- an emergency
+
+
+def measure_emergency(
+    place: Place, megabytes: float, repetitions: int
+) -> tuple[list[Figure], list[Check]]:
+    """SIGTERM until durable in the bucket, beside the bare upload of as many bytes."""
+    from tests.bench.supervised import Settings, SupervisedRun
+
+    recorded, bare = [], []
+    others = Neighbours()
+    with bucket() as there:
+        run = SupervisedRun(place, "emergency", Settings(megabytes), store=there.url)
+        path = None
+        try:
+            for number in range(repetitions):
+                with neighbours(others):
+                    run.start()
+                    run.wait_for_steps(4, attempt=number + 1)
+                    run.preempt()
+                    notice = run.record(number + 1).notice_to_durable_seconds
+                    if notice is not None:
+                        recorded.append(notice)
+                path = path or _random_file(place.memory / "bare", run.newest().nbytes)
+                with neighbours(others):
+                    bare.append(_bare_upload(there, path, number))
+        finally:
+            run.close()
+    peer = Peer("the bare upload", bare)
+    name, cores = "SIGTERM to durable in a bucket", others.cores
+    wanted = "emergencies with their time in the record"
+    return [
+        Figure(name, "s", recorded, peer, megabytes, neighbours=cores),
+    ], [Check(wanted, str(len(recorded)), str(repetitions))]
+
+
+def _bare_upload(there: Bucket, path: Path, number: int) -> float:
+    """The same code without anything around it: files into the bucket, and a manifest."""
+    saver = _persister(there.store(), f"bare-{number}")
+    state = {"model.safetensors": _mapped(path), "state.json": memoryview(b"{}")}
+    return _seconds(lambda: saver.persist(snapshot(save=1).moment, state))
+
+
+# ---------------------------------------------------------------------------- small things
+
+
+def _persister(store: Store, run_id: str, keep: Keep | None = None) -> Persister:
+    ledger = Ledger(store, run_id, secrets.token_hex(8))
+    ledger.claim("bench")
+    return Persister(store, ledger, keep or Keep(last=100))
+
+
+def _random_file(path: Path, nbytes: int) -> Path:
+    """A file in memory that does not compress, filled fast."""
+    slot = memoryview(open_slot(path, nbytes))
+    noise = secrets.token_bytes(8 * MIB)
+    for at in range(0, nbytes, len(noise)):
+        end = min(nbytes, at + len(noise))
+        slot[at:end] = noise[: end - at]
+        slot[at : at + 8] = at.to_bytes(8, "little")
+    return path
+
+
+def _mapped(path: Path) -> memoryview:
+    with path.open("rb") as file:
+        return memoryview(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ))
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    begun = time.monotonic()
+    work()
+    return time.monotonic() - begun
+
+
+def main(arguments: Sequence[str]) -> None:
+    path, url, run_id = arguments
+    print(upload_and_look(Path(path), url, run_id))
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(REPOSITORY))
+    main(sys.argv[1:])
