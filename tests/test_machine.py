@@ -920,6 +920,23 @@ def test_the_run_is_given_up_when_the_budget_is_spent(budget: int) -> None:
     assert [type(a) for a in performed].count(Launch) == budget + 1
 
 
+@pytest.mark.parametrize(("code", "budget", "exit_code"), [(1, 0, exitcodes.GIVEN_UP), (2, 9, 2)])
+def test_a_run_that_has_failed_for_good_waits_for_its_store_for_minutes_and_no_longer(
+    code: int, budget: int, exit_code: int
+) -> None:
+    policy = Policy(failures=budget, grace_seconds=GRACE)
+    refused = [e for i in range(600) for e in (SaveFailed(4.0 + i, "503"), Tick(4.6 + i))]
+    history = [*TRAINED, Exited(3.0, code), *refused]
+
+    at_300 = [event for event in history if event.at < 302.0]
+    waiting, performed = play(at_300, policy=policy)
+    ended, _ = play(history, policy=policy)
+
+    assert waiting.phase is Phase.STOPPING
+    assert [type(action) for action in performed].count(PersistNewest) > 250
+    assert (ended.phase, ended.exit_code) == (Phase.FAILED, exit_code)
+
+
 def test_a_run_is_given_up_with_70_whatever_the_trainers_code_was() -> None:
     for code in (1, 3, 70, 75, 76, 130, -9):
         state, _ = play(failing(0.0, code=code), policy=Policy(failures=0))
