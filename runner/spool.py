@@ -36,121 +36,16 @@ import tempfile
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from enum import IntEnum
 from pathlib import Path
 from typing import IO, Any
 
+from runner.board import Board, blank_board
 from runner.errors import SpoolError, SpoolFull, SpoolTaken
 
 SPOOL_PREFIX = "runner-"
-_BOARD_BYTES = 4096
-_MAGIC = 0x52554E4E4552_0001  # "RUNNER", version 1
 _MAX_JSON_BYTES = 64 << 20
-_PHASE_AT, _PHASE_BYTES = 2048, 64
 _LOCK_TRIES, _LOCK_SECONDS = 5, 0.01
 _SLOT_MARKER = re.compile(r"slot-([0-9])\.json")
-
-
-class Request(IntEnum):
-    """What the supervisor asks of the trainer at its next boundary."""
-
-    NONE = 0
-    SAVE = 1
-    SAVE_AND_STOP = 2
-
-
-class Why(IntEnum):
-    """The trigger of a requested save."""
-
-    INTERVAL = 0
-    PREEMPTION = 1
-    INTERRUPT = 2
-    MANUAL = 3
-
-    @property
-    def trigger(self) -> str:
-        return self.name.lower()
-
-
-class _Word:
-    """One aligned 8-byte field of the board: a plain memory access, so it is never seen torn."""
-
-    def __init__(self, index: int) -> None:
-        self._index = index
-
-    def __get__(self, board: Board, owner: type) -> int:
-        return board.words[self._index]
-
-    def __set__(self, board: Board, value: int) -> None:
-        board.words[self._index] = value
-
-
-class Board:
-    """The mapped page. Times are `CLOCK_MONOTONIC` in nanoseconds, 0 is never.
-
-    The first block is written by the trainer alone, the second by the supervisor alone.
-    """
-
-    pid = _Word(2)
-    step = _Word(3)
-    epoch = _Word(4)
-    batch = _Word(5)
-    heartbeat_ns = _Word(6)
-    progress = _Word(7)  # counts boundaries and signs of life: hang detection looks at this
-    restored = _Word(8)  # 1 when the state is in place and the slot it came from may be used again
-    answered = _Word(9)  # the number of the last request that was obeyed
-    first_step_ns = _Word(10)  # when this attempt finished its first step
-    productive_us = _Word(11)  # microseconds of steps since the attempt began
-    held = _Word(12)  # 1 while the trainer waits at the boundary named by `hold_at_step`
-    epochs = _Word(13)  # of the whole run, 0 where the script has no epochs
-    finished = _Word(14)  # 1 after the run's last boundary
-    step_us = _Word(15)  # microseconds that the last step took
-
-    request_number = _Word(64)
-    request_kind = _Word(65)
-    request_why = _Word(66)
-    deadline_ns = _Word(67)
-    supervisor_pid = _Word(68)
-    supervisor_ns = _Word(69)
-    persisted_step = _Word(70)  # newest durable step, plus one; 0 is none
-    interval_ms = _Word(71)  # between two saves, where the job leaves it to the supervisor
-    prepared = _Word(72)  # 1 when what the attempt begins from lies in the spool
-
-    def __init__(self, path: Path) -> None:
-        with path.open("r+b") as file:
-            if os.fstat(file.fileno()).st_size != _BOARD_BYTES:
-                raise SpoolError(f"{path} is no board")
-            self._map = mmap.mmap(file.fileno(), _BOARD_BYTES)
-        self.words = memoryview(self._map).cast("Q")
-        if self.words[0] != _MAGIC:
-            raise SpoolError(f"{path} is no board of this version")
-
-    @classmethod
-    def create(cls, path: Path) -> Board:
-        """A new, empty board in the place of whatever was there.
-
-        A process that still has the old one mapped writes into nothing.
-        """
-        content = _MAGIC.to_bytes(8, "little") + bytes(_BOARD_BYTES - 8)
-        _replace(path, content)
-        return cls(path)
-
-    def ask(self, kind: Request, why: Why, deadline_ns: int = 0) -> int:
-        """Ask the trainer for something; the number of the request. Its number is written last."""
-        self.request_kind, self.request_why, self.deadline_ns = int(kind), int(why), deadline_ns
-        self.request_number += 1
-        return self.request_number
-
-    @property
-    def phase(self) -> str:
-        """What the loop is doing, in a word."""
-        raw = bytes(self._map[_PHASE_AT : _PHASE_AT + _PHASE_BYTES])
-        return raw.split(b"\0", 1)[0].decode("utf-8", "replace")
-
-    @phase.setter
-    def phase(self, name: str) -> None:
-        raw = name.encode()[: _PHASE_BYTES - 1]
-        self._map[_PHASE_AT : _PHASE_AT + _PHASE_BYTES] = raw.ljust(_PHASE_BYTES, b"\0")
 
 
 @dataclass(frozen=True)
@@ -246,7 +141,10 @@ class RankSpool:
         self.folder.mkdir(mode=0o700, exist_ok=True)
         for name in ("restore.json", "fetch.json", "fetched.json"):
             (self.folder / name).unlink(missing_ok=True)
-        return Board.create(self.folder / "board")
+        path = self.folder / "board"
+        # A new file: a process that still has the old one mapped writes into nothing.
+        _replace(path, blank_board())
+        return Board(path)
 
     def complete(self) -> list[Marker]:
         """Markers of all complete slots that nobody has claimed, oldest first."""
@@ -344,7 +242,16 @@ class Spool:
     def open(self) -> None:
         """Create it or take over what is there. SpoolTaken if a living supervisor has it."""
         for _ in range(_LOCK_TRIES):
-            self._create()
+            try:
+                self._create()
+            except OSError as error:
+                vanished = isinstance(error, FileNotFoundError | FileExistsError)
+                if vanished and (self.path.is_dir() or not os.path.lexists(self.path)):
+                    continue
+                raise SpoolError(
+                    f"{self.path} cannot be made: {error.strerror}; set RUNNER_SPOOL_ROOT to a "
+                    "directory in memory that can be written"
+                ) from error
             lock = _locked(self.path / "lock")
             if lock is not None and _is_at(lock, self.path / "lock"):
                 self._lock = lock
@@ -356,17 +263,11 @@ class Spool:
         raise SpoolTaken(f"{self.path} is in use by another supervisor on this host")
 
     def _create(self) -> None:
-        try:
-            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            status = self.path.lstat()
-            if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
-                raise SpoolError(f"{self.path} belongs to somebody else; set RUNNER_SPOOL_ROOT")
-            self.path.chmod(0o700)
-        except OSError as error:
-            raise SpoolError(
-                f"{self.path} cannot be made: {error.strerror}; set RUNNER_SPOOL_ROOT to a "
-                "directory in memory that can be written"
-            ) from error
+        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = self.path.lstat()
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+            raise SpoolError(f"{self.path} belongs to somebody else; set RUNNER_SPOOL_ROOT")
+        self.path.chmod(0o700)
 
     def write_plan(self, plan: Mapping[str, Any]) -> None:
         """Tell the trainer what it must know of the job."""

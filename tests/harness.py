@@ -33,6 +33,7 @@ import numpy as np
 import torch
 
 from runner import Preempted
+from runner.board import Board, Request, Why
 from runner.checkpoint.archive import Archive
 from runner.checkpoint.attempts import Ledger
 from runner.checkpoint.keeper import Keeper, Origin
@@ -40,7 +41,7 @@ from runner.checkpoint.manifest import Manifest
 from runner.checkpoint.persist import Persister
 from runner.checkpoint.retention import Keep
 from runner.plan import Plan
-from runner.spool import Board, RankSpool, Request, Spool, Why, is_locked, new_owner
+from runner.spool import RankSpool, Spool, is_locked, new_owner
 from runner.store import DirectoryStore
 from runner.training.slots import SlotMemory
 

@@ -31,11 +31,12 @@ from unittest import mock
 from waiting import wait_until
 
 from runner import cli
+from runner.board import Board
 from runner.checkpoint.archive import Archive
 from runner.checkpoint.attempts import AttemptRecord, Ledger
 from runner.checkpoint.manifest import Manifest
 from runner.launch.process_tree import read_entry
-from runner.spool import Board, Spool, spool_path
+from runner.spool import Spool, spool_path
 from runner.store import DirectoryStore, open_store
 
 PROGRAMS = Path(__file__).parent / "child_programs"

@@ -10,11 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
+from slots import fill, snapshot
 
 from runner.errors import SpoolTaken
 from runner.spool import Spool, open_slot
 from runner.supervisor.abandoned import remove_abandoned
-from tests.slots import fill, snapshot
 
 DAY = 24 * 3600.0
 NAME = f"runner-{os.geteuid()}-job-0123abcd"

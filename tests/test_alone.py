@@ -20,9 +20,10 @@ from typing import Any
 
 import pytest
 
+from runner.board import Board
 from runner.checkpoint.archive import Archive
 from runner.checkpoint.attempts import AttemptRecord, Ledger
-from runner.spool import Board, spool_path
+from runner.spool import spool_path
 from runner.store import DirectoryStore
 from tests.waiting import wait_until
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runner import exitcodes
-from runner.spool import Request, Why
+from runner.board import Request, Why
 from runner.supervisor.machine import (
     TERMINAL,
     Action,

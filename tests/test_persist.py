@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from slots import RUN, fill, snapshot, views
 
 from runner.checkpoint.archive import Archive
 from runner.checkpoint.attempts import Ledger
@@ -22,7 +23,6 @@ from runner.checkpoint.weights import weights_alone
 from runner.errors import Abandoned, Fenced, UsageError
 from runner.spool import RankSpool, Spool, Weights
 from runner.store import DirectoryStore
-from tests.slots import RUN, fill, snapshot, views
 
 OWNER = "a" * 16
 PART = 16 << 20

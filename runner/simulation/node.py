@@ -18,15 +18,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from runner.board import Board
 from runner.checkpoint.attempts import Ledger
 from runner.errors import RunnerError
 from runner.exitcodes import FENCED, FINISHED, INTERRUPTED, PREEMPTED, USAGE
 from runner.launch.process import TrainerProcess
 from runner.simulation.plan import SpotPlan
 from runner.simulation.report import Death, build_report
-from runner.spool import Board, Spool, spool_path
+from runner.spool import Spool, spool_path
 from runner.store import Store
-from runner.supervisor.index import HOME_VARIABLE, SPOOL_ROOT_VARIABLE
+from runner.supervisor.index import HOME_VARIABLE, SPOOL_ROOT_VARIABLE, files_of
 from runner.supervisor.loop import GRACE_VARIABLE, HOLD_VARIABLE
 from runner.supervisor.reaper import become_subreaper
 
@@ -129,7 +130,10 @@ class _Node:
             if self._outlook.plan.lose_disk:
                 shutil.rmtree(self._folder, ignore_errors=True)
         wall_seconds = time.monotonic() - self._begun
-        return build_report(self._store, self._run_id, first, self._deaths, wall_seconds)
+        files = files_of(self._run_id, self._store.url, self._folder / "home")
+        return build_report(
+            self._store, self._run_id, first, self._deaths, wall_seconds, files / "outputs"
+        )
 
     def end(self) -> None:
         """Leave nothing running."""

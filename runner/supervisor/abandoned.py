@@ -13,8 +13,9 @@ import stat
 import time
 from pathlib import Path
 
+from runner.board import Board
 from runner.errors import SpoolError
-from runner.spool import SPOOL_PREFIX, Board, RankSpool, Spool, is_locked
+from runner.spool import SPOOL_PREFIX, RankSpool, Spool, is_locked
 
 log = logging.getLogger(__name__)
 

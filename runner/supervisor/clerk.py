@@ -16,11 +16,12 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
+from runner.board import Board
 from runner.checkpoint.attempts import Ledger
 from runner.checkpoint.keeper import Keeper, Origin, Resumption, Saved
 from runner.checkpoint.persist import Persister
 from runner.errors import Fenced, NoValidCheckpoint, RunnerError, StoreError, UsageError
-from runner.spool import Board, RankSpool
+from runner.spool import RankSpool
 from runner.supervisor import events
 from runner.supervisor.forecast import EmergencySave, Forecaster
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from runner.spool import Request, Why
+from runner.board import Request, Why
 
 # ---------------------------------------------------------------------------- events
 

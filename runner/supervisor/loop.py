@@ -23,6 +23,7 @@ from watchdog.events import FileMovedEvent, FileSystemEvent, FileSystemEventHand
 from watchdog.observers import Observer
 from watchdog.observers.api import BaseObserver
 
+from runner.board import Why
 from runner.checkpoint.archive import Archive
 from runner.checkpoint.attempts import Ledger, utc_now
 from runner.checkpoint.keeper import Keeper, Origin, is_foreign
@@ -34,7 +35,7 @@ from runner.job import Every, Job, resolved_command
 from runner.launch.leftovers import end_leftovers
 from runner.launch.process import TrainerProcess, build_environment
 from runner.plan import BestMetric, Interval, Plan
-from runner.spool import Spool, Why
+from runner.spool import Spool
 from runner.store import Store
 from runner.supervisor import events, index, machine
 from runner.supervisor.abandoned import remove_abandoned

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from runner import exitcodes
-from runner.spool import Request, Why
+from runner.board import Request, Why
 from runner.supervisor.events import (
     Action,
     Ask,

@@ -19,6 +19,7 @@ from types import FrameType
 
 import torch
 
+from runner.board import Board, Request, Why
 from runner.checkpoint.archive import Archive
 from runner.checkpoint.attempts import Ledger, utc_now
 from runner.checkpoint.keeper import Keeper
@@ -28,7 +29,7 @@ from runner.checkpoint.retention import Keep
 from runner.errors import Fenced, RunnerError, StoreError, UsageError
 from runner.exitcodes import INTERRUPTED, PREEMPTED
 from runner.plan import Interval, Plan
-from runner.spool import Board, Request, Spool, Why, new_owner, spool_path
+from runner.spool import Spool, new_owner, spool_path
 from runner.store import open_store
 from runner.training.session import Session
 

@@ -16,11 +16,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from runner.board import Request, Why
 from runner.checkpoint.attempts import utc_now
 from runner.checkpoint.manifest import Moment
 from runner.errors import CaptureError, PositionError
 from runner.exitcodes import PREEMPTED
-from runner.spool import Request, Why
 from runner.training.capture import TrainingState
 from runner.training.metrics import Metrics
 from runner.training.preempted import Preempted

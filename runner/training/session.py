@@ -17,6 +17,7 @@ from typing import IO, Any
 
 import torch
 
+from runner.board import Board, Request, Why
 from runner.checkpoint import format as fmt
 from runner.checkpoint.format import FileImage
 from runner.checkpoint.keeper import read_restore
@@ -24,7 +25,7 @@ from runner.checkpoint.manifest import Moment, moment_from_json
 from runner.errors import RestoreError, SpoolError
 from runner.exitcodes import PREEMPTED
 from runner.plan import Plan
-from runner.spool import Board, Marker, RankSpool, Request, Weights, Why, open_slot, read_json
+from runner.spool import Marker, RankSpool, Weights, open_slot, read_json
 from runner.training.overlap import Overlap, engine_for_this_machine
 from runner.training.slots import SlotMemory
 from runner.training.snapshot import SnapshotWriter
