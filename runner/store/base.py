@@ -88,6 +88,12 @@ class Store(Protocol):
     def replace(self, key: str, data: bytes) -> None:
         """Write durably and atomically over whatever there is."""
 
+    def put(self, key: str, content: Content) -> tuple[bytes, ...]:
+        """Write a file, large or small, over whatever there is; the SHA-256 of its parts.
+
+        It is there as a whole or not at all. The name of the content says nothing here.
+        """
+
     def children(self, prefix: str) -> list[str]:
         """Names directly below a prefix ("" is the root), sorted; nothing there is no error."""
 

@@ -73,6 +73,19 @@ class DirectoryStore:
             temporary.replace(path)
             _fsync_directory(path.parent)
 
+    def put(self, key: str, content: Content) -> tuple[bytes, ...]:
+        path = self.path(key)
+        temporary = path.with_name(f"{_TEMPORARY}{path.name}-{secrets.token_hex(8)}")
+        with self.errors(key), ThreadPoolExecutor(_HASHING_THREADS, "hash") as pool:
+            _make_directories(path.parent)
+            try:
+                digests = _write_hashed(temporary, content, pool)
+                temporary.replace(path)
+                _fsync_directory(path.parent)
+            finally:
+                temporary.unlink(missing_ok=True)
+        return digests
+
     def children(self, prefix: str) -> list[str]:
         with self.errors(prefix):
             try:
@@ -151,6 +164,10 @@ class StagedDirectory:
         with ThreadPoolExecutor(_HASHING_THREADS, "hash") as pool:
             return [self._write(content, pool) for content in contents]
 
+    def _write(self, content: Content, pool: ThreadPoolExecutor) -> tuple[bytes, ...]:
+        with self._errors(content.name):
+            return _write_hashed(self._path(content.name), content, pool)
+
     def copy(self, name: str, key: str, part_bytes: int, digests: Sequence[bytes]) -> None:
         """A hard link, so both files are the same bytes on the disk."""
         with self._store.errors(key):
@@ -173,18 +190,6 @@ class StagedDirectory:
     def abort(self) -> None:
         shutil.rmtree(self._staged, ignore_errors=True)
 
-    def _write(self, content: Content, pool: ThreadPoolExecutor) -> tuple[bytes, ...]:
-        hashes: list[Callable[[], bytes]] = []
-
-        def noted() -> Iterator[memoryview]:
-            for part in content.parts:
-                hashes.append(_digest_of(part, pool))
-                yield part.memory
-
-        with self._errors(content.name):
-            _write_durably(self._path(content.name), noted())
-        return tuple(digest() for digest in hashes)
-
     def _path(self, name: str) -> Path:
         if name in (".", "..") or "/" in name or "\0" in name:
             raise StoreError(f"{name!r} is no plain file name")
@@ -196,6 +201,18 @@ class StagedDirectory:
             yield
         except OSError as error:
             raise StoreError(f"{self._final}/{name}: {error.strerror or error}") from error
+
+
+def _write_hashed(path: Path, content: Content, pool: ThreadPoolExecutor) -> tuple[bytes, ...]:
+    hashes: list[Callable[[], bytes]] = []
+
+    def noted() -> Iterator[memoryview]:
+        for part in content.parts:
+            hashes.append(_digest_of(part, pool))
+            yield part.memory
+
+    _write_durably(path, noted())
+    return tuple(digest() for digest in hashes)
 
 
 def _digest_of(part: Part, pool: ThreadPoolExecutor) -> Callable[[], bytes]:

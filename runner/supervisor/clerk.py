@@ -19,6 +19,7 @@ from typing import Any
 from runner.board import Board
 from runner.checkpoint.attempts import Ledger
 from runner.checkpoint.keeper import Keeper, Origin, Resumption, Saved
+from runner.checkpoint.outputs import Outputs
 from runner.checkpoint.persist import Persister
 from runner.errors import Fenced, NoValidCheckpoint, RunnerError, StoreError, UsageError
 from runner.spool import RankSpool
@@ -44,11 +45,13 @@ class Clerk(threading.Thread):
         node: str,
         post: Callable[[events.Event], None],
         forecaster: Forecaster,
+        outputs: Outputs | None,
     ) -> None:
         super().__init__(name="clerk", daemon=True)
         self._rank, self._keeper, self._persister = rank, keeper, persister
         self._ledger: Ledger = persister.ledger
         self._node, self._post, self._forecaster = node, post, forecaster
+        self._outputs = outputs
         self._courteous = ThreadPoolExecutor(1, "persist", initializer=_be_nice)
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._over = threading.Event()
@@ -87,8 +90,10 @@ class Clerk(threading.Thread):
         """Something has changed in the spool."""
         self._tasks.put(None)
 
-    def finish(self, timeout_seconds: float) -> bool:
-        """Do what is left and end; whether that succeeded in time."""
+    def finish(self, timeout_seconds: float, *, fenced: bool) -> bool:
+        """Do what is left, the run's own files last, and end; whether that succeeded in time."""
+        if fenced:
+            self._outputs = None
         self._over.set()
         self._tasks.put(None)
         self.join(timeout_seconds)
@@ -108,6 +113,7 @@ class Clerk(threading.Thread):
                 elif self._over.is_set():
                     self._courteous.shutdown()
                     self._collect()
+                    self._store_outputs()
                     return
                 else:
                     self._look_round()
@@ -127,6 +133,7 @@ class Clerk(threading.Thread):
             self._post(events.Claimed(time.monotonic(), record.attempt))
 
     def _restore(self, go_back: int, which: str | None, origin: Origin | None) -> None:
+        self._bring_outputs_back()
         try:
             resumption = self._keeper.restore(go_back, which=which, origin=origin)
             self._describe(resumption)
@@ -202,6 +209,7 @@ class Clerk(threading.Thread):
 
     def _save_left(self) -> list[Saved]:
         saved = self._keeper.persist_newest(())
+        self._store_outputs()
         return [] if saved is None else [saved]
 
     def _collect(self) -> None:
@@ -256,6 +264,24 @@ class Clerk(threading.Thread):
                 self._ledger.amend({**document, "provenance": facts})
         except StoreError as error:
             log.warning("run.json could not be completed: %s", error)
+
+    def _bring_outputs_back(self) -> None:
+        try:
+            brought = [] if self._outputs is None else self._outputs.bring_back()
+        except (StoreError, OSError) as error:
+            log.warning("the run's own files could not be brought back: %s", error)
+        else:
+            if brought:
+                log.info("brought back %d files that the run has written before", len(brought))
+
+    def _store_outputs(self) -> None:
+        try:
+            moved = [] if self._outputs is None else self._outputs.store_changed()
+        except (StoreError, OSError) as error:
+            log.warning("the run's own files could not be stored: %s", error)
+        else:
+            if moved:
+                log.info("stored %d files that the run has written", len(moved))
 
     def _record(self, changes: dict[str, Any]) -> None:
         try:
