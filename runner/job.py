@@ -30,14 +30,17 @@ from runner.job_model import (
     Health,
     Job,
     Keep,
-    Part,
+    Outputs,
     Preemption,
     Restart,
 )
+from runner.job_store import S3, WHERE_CREDENTIALS_BELONG, is_credential, is_s3, s3_url
+from runner.job_types import Part
 from runner.job_yaml import JobFile, KeyPath, dotted, parse_param, read_job_file
-from runner.units import format_duration
+from runner.units import format_duration, format_size
 
 __all__ = [
+    "S3",
     "Backoff",
     "Best",
     "Checkpoint",
@@ -47,19 +50,25 @@ __all__ = [
     "Health",
     "Job",
     "Keep",
+    "Outputs",
     "Preemption",
     "Restart",
     "check_launchable",
     "check_run_id",
     "differences",
+    "is_s3",
     "job_as_submitted",
     "job_schema",
     "load_job",
     "parse_param",
     "resolved_command",
+    "s3_url",
     "shadowing_file",
 ]
 
+_SWITCHES: frozenset[KeyPath] = frozenset(
+    {("s3", "conditional_writes"), ("checkpoint", "compression")}
+)
 _RUN_ID = r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}"
 
 
@@ -79,7 +88,7 @@ def load_job(
     Raises UsageError if there is no file that can be read, JobError with one line per problem
     (all problems of the file at once) if it cannot be obeyed. Nothing is written.
     """
-    file = read_job_file(path)
+    file = read_job_file(path, _SWITCHES)
     if not isinstance(file.root, dict):
         file.raise_problems()
         found = "the file is empty" if file.root is None else "expected a mapping"
@@ -89,6 +98,8 @@ def load_job(
         # A key that the file itself spells with a dot is replaced as it stands.
         literal = isinstance(own := file.root.get("params"), dict) and key in own
         file.override(("params", *([key] if literal else key.split("."))), value, f"-p {key}")
+    if store is not None and not is_s3(store) and is_s3(str(file.root.get("store"))):
+        file.root.pop("s3", None)  # it says how to reach the store that is not used
     for key, given in (("store", store), ("launcher", launcher)):
         if given is not None:
             file.override((key,), given, f"--{key}")
@@ -156,7 +167,8 @@ def _problem(details: Any, file: JobFile) -> str:
     if kind == "missing":
         return "is missing"
     if kind == "extra_forbidden":
-        return f"is not a key of a job{_hint(path)}"
+        hint = WHERE_CREDENTIALS_BELONG if is_credential(path) else _hint(path)
+        return f"is not a key of a job{hint}"
     if kind == "model_type":
         auto = (
             "auto, or "
@@ -168,8 +180,9 @@ def _problem(details: Any, file: JobFile) -> str:
     hint = "; put it in quotes" if kind == "string_type" and is_scalar else ""
     template = _EXPECTED.get(kind)
     expected = template.format(**details.get("ctx", {})) if template else details["msg"]
-    if path[0] in ("env", "params") or not is_scalar:
-        return expected + hint  # values of the environment may be secrets
+    # Values of the environment may be secrets, and so may be what stands in a URL before an @.
+    if path[0] in ("env", "params") or not is_scalar or "@" in str(value):
+        return expected + hint
     got = file.texts.get(path) or (repr(value) if isinstance(value, str) else json.dumps(value))
     return f"{expected}, got {got if len(got) <= 60 else f'{got[:57]}...'}{hint}"
 
@@ -227,7 +240,7 @@ def job_schema() -> dict[str, Any]:
 
 
 def _as_in_files(schema: Any) -> Any:
-    """Correct pydantic's schema: optional keys are left out, never null; durations are text."""
+    """Correct pydantic's schema: optional keys are left out, never null; units are in the text."""
     if isinstance(schema, list):
         return [_as_in_files(item) for item in schema]
     if not isinstance(schema, dict):
@@ -235,6 +248,8 @@ def _as_in_files(schema: Any) -> Any:
     schema = {key: _as_in_files(value) for key, value in schema.items() if value is not None}
     if schema.get("type") == "string" and isinstance(schema.get("default"), float):
         schema["default"] = format_duration(schema["default"])
+    if schema.get("type") == "string" and isinstance(schema.get("default"), int):
+        schema["default"] = format_size(schema["default"])
     if {"type": "null"} in schema.get("anyOf", []):
         (only,) = (kind for kind in schema.pop("anyOf") if kind != {"type": "null"})
         if schema.pop("auto", False):

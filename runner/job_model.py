@@ -1,72 +1,42 @@
-"""What a job is: frozen models with the names, the defaults and the limits of the job file.
-
-A duration in a file is text with a unit; the attribute is a float and carries the unit in its
-name. Types are strict: "5" is not 5, and neither are 5.0 and true.
-"""
+"""What a job is: frozen models with the names, the defaults and the limits of the job file."""
 
 from __future__ import annotations
 
-import contextlib
 import math
-import re
 import shlex
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
-    PlainSerializer,
     SerializerFunctionWrapHandler,
+    ValidationInfo,
     WithJsonSchema,
     WrapSerializer,
+    field_validator,
     model_validator,
 )
 
+from runner.job_store import S3, STORE_PATTERN, is_s3, store_location
+from runner.job_types import (
+    LARGEST_COUNT,
+    NAME_PATTERN,
+    Count,
+    Duration,
+    Part,
+    Size,
+    Text,
+    any_text,
+    directory,
+    dns_label,
+)
 from runner.job_yaml import MAX_DEPTH, KeyPath, dotted, not_unicode
-from runner.units import DURATION_PATTERN, format_duration, parse_duration
+from runner.units import format_duration
 
-LARGEST_COUNT = 1_000_000_000
 LONGEST_MINUTES = 3650 * 24 * 60
-
-_NAME = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
-
-_SCHEME = r"[A-Za-z][A-Za-z0-9+.-]*:/"
-
-
-def _name(text: str) -> str:
-    if not re.fullmatch(_NAME.removesuffix("$"), text):
-        raise ValueError(
-            "expected a DNS label: at most 63 lower-case letters, digits and '-', with a letter or"
-            " a digit at both ends"
-        )
-    return text
-
-
-def _text(text: str) -> str:
-    if problem := not_unicode(text):
-        raise ValueError(problem)
-    if "\0" in text:
-        raise ValueError("expected text without NUL characters")
-    return text
-
-
-def _some_text(text: str) -> str:
-    if not text.strip():
-        raise ValueError("expected text, not nothing")
-    return _text(text)
-
-
-def _duration(value: object) -> object:
-    seconds = 0.0
-    with contextlib.suppress(ValueError):
-        seconds = parse_duration(value) if isinstance(value, str) else 0.0
-    if seconds <= 0:
-        raise ValueError("expected a duration above zero, such as 250ms, 30s, 10m, 2h or 1d")
-    return seconds
 
 
 def _words(value: object) -> object:
@@ -77,24 +47,6 @@ def _command(words: tuple[str, ...]) -> tuple[str, ...]:
     if not words or not words[0]:
         raise ValueError("expected at least the program to start, such as [python, train.py]")
     return words
-
-
-def _directory(value: object) -> object:
-    """Make a path absolute; the folder the process is in is the base of a relative one."""
-    if not isinstance(value, str | Path):
-        raise ValueError("expected a directory, as text")
-    try:
-        return Path(_some_text(str(value))).expanduser().resolve()
-    except (OSError, RuntimeError) as error:  # a loop of links; no such user
-        raise ValueError(f"expected a directory: {error}") from None
-
-
-def _store(text: str) -> str:
-    if scheme := re.match(_SCHEME, text):
-        raise ValueError(
-            f"expected a directory: this version has no store for {scheme[0]}/, only directories"
-        )
-    return _some_text(text)
 
 
 def _launcher(value: object) -> object:
@@ -143,21 +95,6 @@ def _checked_keys(mapping: dict[str, Any], path: KeyPath) -> dict[str, Any]:
     return mapping
 
 
-Count = Annotated[int, Field(ge=1, le=LARGEST_COUNT)]
-Text = Annotated[str, AfterValidator(_some_text), Field(json_schema_extra={"minLength": 1})]
-_ABOVE_ZERO = DURATION_PATTERN.replace("^", "^(?=.*[1-9])", 1)
-Duration = Annotated[
-    float,
-    BeforeValidator(_duration),
-    PlainSerializer(format_duration, return_type=str),
-    WithJsonSchema({"type": "string", "pattern": _ABOVE_ZERO, "examples": ["30s", "10m"]}),
-]
-
-
-class Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
 class Every(Part):
     """When to make a checkpoint: whichever of these comes first."""
 
@@ -186,6 +123,21 @@ def _or_auto(value: Every | EverySteps | None, handler: SerializerFunctionWrapHa
 
 
 _AUTO = (BeforeValidator(_auto), WrapSerializer(_or_auto), Field(json_schema_extra={"auto": True}))
+
+
+def _off(value: object) -> object:
+    """No compression is None, for the program. `off` is false where YAML 1.1 was read."""
+    if value is None or value is False or value == "off":
+        return None
+    if value != "zstd":
+        raise ValueError("expected zstd or off")
+    return value
+
+
+_COMPRESSION = (
+    BeforeValidator(_off),
+    WithJsonSchema({"anyOf": [{"enum": ["zstd", "off"]}, {"const": False}]}),
+)
 
 
 class EverySteps(Part):
@@ -228,6 +180,14 @@ class Checkpoint(Part):
     snapshot_every: Annotated[EverySteps | None, *_AUTO] = Field(
         default=None,
         description="When to copy the state into a slot; `auto`: with a stall under 1 %.",
+    )
+    weights_every: Every | None = Field(
+        default=None,
+        description="When to save the weights alone, of the model and the ema: to load from, never"
+        " to resume from.",
+    )
+    compression: Annotated[Literal["zstd"] | None, *_COMPRESSION] = Field(
+        default=None, description="Lossless compression of the files that hold tensors."
     )
     slots: int = Field(
         default=2, ge=0, le=8, description="Snapshots held in memory at once; 0: one, on disk."
@@ -295,16 +255,26 @@ class Health(Part):
     )
 
 
+class Outputs(Part):
+    """What becomes of the files that the script writes into its output folder."""
+
+    max_size_bytes: Size = Field(
+        default=2**30,
+        alias="max_size",
+        description="Stored at the end of each attempt, up to this size in all; 0: nothing is.",
+    )
+
+
 class Job(Part):
     """A job of `runner`: what to run, where its checkpoints live, how it may fail."""
 
-    name: Annotated[str, AfterValidator(_name)] = Field(
+    name: Annotated[str, AfterValidator(dns_label)] = Field(
         description="A DNS label; the run's id unless another is given.",
-        json_schema_extra={"pattern": _NAME},
+        json_schema_extra={"pattern": NAME_PATTERN},
         examples=["rul-fd001"],
     )
     command: Annotated[
-        tuple[Annotated[str, AfterValidator(_text)], ...],
+        tuple[Annotated[str, AfterValidator(any_text)], ...],
         Field(strict=False),
         BeforeValidator(_words),
         AfterValidator(_command),
@@ -322,7 +292,7 @@ class Job(Part):
         examples=[["python", "-m", "jobs.rul.train"], "python train.py"],
     )
     workdir: Annotated[
-        Path, BeforeValidator(_directory), WithJsonSchema({"type": "string", "minLength": 1})
+        Path, BeforeValidator(directory), WithJsonSchema({"type": "string", "minLength": 1})
     ] = Field(
         default_factory=Path.cwd,
         description="The trainer's working directory; relative to where `runner` was called,"
@@ -333,27 +303,41 @@ class Job(Part):
         description="Hyperparameters: `run.params` in the script.",
         examples=[{"epochs": 30}],
     )
-    env: Annotated[dict[str, Annotated[str, AfterValidator(_text)]], AfterValidator(_env)] = Field(
-        default={},
-        description="Environment variables for the trainer. Numbers have to be quoted.",
-        json_schema_extra={"propertyNames": {"pattern": "^(?!RUNNER_)[^=]+$"}},
-        examples=[{"OMP_NUM_THREADS": "2"}],
+    env: Annotated[dict[str, Annotated[str, AfterValidator(any_text)]], AfterValidator(_env)] = (
+        Field(
+            default={},
+            description="Environment variables for the trainer. Numbers have to be quoted.",
+            json_schema_extra={"propertyNames": {"pattern": "^(?!RUNNER_)[^=]+$"}},
+            examples=[{"OMP_NUM_THREADS": "2"}],
+        )
     )
     launcher: Annotated[Literal["process"], BeforeValidator(_launcher)] = Field(
         default="process", description="How the trainer is started."
     )
-    store: Annotated[str, AfterValidator(_store)] = Field(
+    store: Annotated[str, AfterValidator(store_location)] = Field(
         default="runs",
-        description="The directory for checkpoints, relative to the workdir.",
-        json_schema_extra={"minLength": 1, "not": {"pattern": f"^{_SCHEME}"}},
-        examples=["runs", "/mnt/checkpoints"],
+        description="Where checkpoints live: s3://bucket/prefix, or a directory, relative to the"
+        " workdir.",
+        json_schema_extra={"minLength": 1, "pattern": STORE_PATTERN},
+        examples=["runs", "/mnt/checkpoints", "s3://bucket/prefix"],
     )
+    s3: S3 | None = None
     checkpoint: Checkpoint = Checkpoint()
     preemption: Preemption = Preemption()
     restart: Restart = Restart()
     health: Health = Health()
+    outputs: Outputs = Outputs()
+
+    @field_validator("s3")
+    @classmethod
+    def _belongs_to_the_store(cls, value: S3 | None, info: ValidationInfo) -> S3 | None:
+        if value is not None and not is_s3(info.data.get("store", "s3://")):
+            raise ValueError("expected only with a store that is s3://bucket/prefix")
+        return value
 
     @property
     def store_path(self) -> Path:
-        """The store as an absolute path."""
+        """The store as an absolute path, where it is a directory."""
+        if is_s3(self.store):
+            raise ValueError(f"{self.store} is no directory")
         return self.workdir / Path(self.store).expanduser()

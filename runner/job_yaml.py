@@ -39,6 +39,8 @@ class JobFile:
     lines: dict[KeyPath, int] = field(default_factory=dict)
     texts: dict[KeyPath, str] = field(default_factory=dict)
     """Plain scalars that are not text, as they were written: `1.10`, not 1.1."""
+    switches: frozenset[KeyPath] = frozenset()
+    """Keys whose values `on` and `off` mean the same in both versions of YAML."""
     options: dict[KeyPath, str] = field(default_factory=dict)
     """Keys that the command line has set, with the option that did it."""
     unusable: set[KeyPath] = field(default_factory=set)
@@ -80,14 +82,16 @@ class JobFile:
         place[path[-1]] = copy.deepcopy(value)
 
 
-def read_job_file(path: Path) -> JobFile:
+def read_job_file(path: Path, switches: frozenset[KeyPath] = frozenset()) -> JobFile:
     """Read a file of at most 1 MiB; what is wrong with single keys is noted in what is returned.
+
+    At the keys in `switches`, `on` and `off` are read as they stand.
 
     Raises UsageError when there is no such file or it cannot be read, JobError when what is in it
     cannot be read to its end.
     """
     data = _read_bytes(path)
-    file = JobFile(str(path))
+    file = JobFile(str(path), switches=switches)
     try:
         _parse(data.decode(), file)
     except UnicodeDecodeError as error:
@@ -298,8 +302,11 @@ class _Reader:
             self._file.refuse(path, "tags (!name) are not read; quote what is text", line)
 
     def _scalar(self, event: Any, path: KeyPath) -> Any:
+        is_switch = path in self._file.switches and event.value.lower() in ("on", "off")
         if event.style is not None:  # quoted, or a block of text
             value: Any = event.value
+        elif is_switch:
+            value = event.value.lower()
         else:
             try:
                 value = plain_scalar(event.value)

@@ -6,7 +6,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from children import Children
 from nodes import Node, nodes_in
+
+pytest_plugins = ["servers.fixtures"]
 
 
 @pytest.fixture
@@ -20,3 +23,10 @@ def new_node(tmp_path: Path) -> Iterator[Callable[[str], Node]]:
 def node(new_node: Callable[[str], Node]) -> Node:
     """A machine of its own. Nothing of it may be left in the end."""
     return new_node("node")
+
+
+@pytest.fixture
+def children() -> Iterator[Children]:
+    started = Children()
+    yield started
+    started.end()

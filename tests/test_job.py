@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 import runner
 from runner.errors import JobError, UsageError
 from runner.job import (
+    S3,
     Job,
     check_launchable,
     check_run_id,
@@ -29,6 +31,7 @@ from runner.job import (
     resolved_command,
     shadowing_file,
 )
+from runner.store import S3Options
 
 MINIMAL = "name: a\ncommand: [python, train.py]\n"
 
@@ -97,6 +100,8 @@ def test_a_job_of_two_keys_gets_the_documented_defaults(load: Load, tmp_path: Pa
     assert job.restart.backoff.max_seconds == 60
     assert job.restart.hang_timeout_seconds == 600
     assert (job.health.metrics, job.health.restore) == ((), "warn")
+    assert (job.checkpoint.compression, job.checkpoint.weights_every, job.s3) == (None, None, None)
+    assert job.outputs.max_size_bytes == 2**30
 
 
 def test_every_key_is_read(load: Load, tmp_path: Path) -> None:
@@ -127,6 +132,96 @@ def test_every_key_is_read(load: Load, tmp_path: Path) -> None:
     assert job.restart.backoff.max_seconds == 3600
     assert job.restart.hang_timeout_seconds == 5400
     assert (job.health.metrics, job.health.restore) == (("train_loss",), "healthy")
+
+
+ON_S3 = """
+name: a
+command: [x]
+store: s3://some-bucket/a/prefix/
+s3:
+  endpoint: http://storage.example:9000/
+  region: eu-central-1
+  addressing: path
+  sse: aws:kms
+  kms_key: alias/checkpoints
+  storage_class: STANDARD_IA
+  role: arn:aws:iam::123456789012:role/training
+  ca_bundle: certificates.pem
+  conditional_writes: off
+checkpoint: {compression: zstd, weights_every: {epochs: 1}}
+outputs: {max_size: 500M}
+"""
+
+
+def test_every_key_of_a_store_on_s3_is_read(load: Load) -> None:
+    job = load(ON_S3)
+
+    assert job.store == "s3://some-bucket/a/prefix"
+    assert job.s3 is not None
+    assert job.s3.model_dump() == {
+        "endpoint": "http://storage.example:9000",
+        "region": "eu-central-1",
+        "addressing": "path",
+        "sse": "aws:kms",
+        "kms_key": "alias/checkpoints",
+        "storage_class": "STANDARD_IA",
+        "role": "arn:aws:iam::123456789012:role/training",
+        "ca_bundle": "certificates.pem",
+        "conditional_writes": False,
+    }
+    assert job.checkpoint.compression == "zstd"
+    assert job.checkpoint.weights_every is not None
+    assert job.checkpoint.weights_every.epochs == 1
+    assert job.outputs.max_size_bytes == 500_000_000
+    with pytest.raises(ValueError, match="no directory"):
+        _ = job.store_path
+
+
+def test_the_keys_of_a_store_on_s3_are_the_options_of_the_store() -> None:
+    assert list(S3.model_fields) == [field.name for field in dataclasses.fields(S3Options)]
+    assert S3Options(**S3().model_dump()) == S3Options()
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    {
+        "s3://bucket": "s3://bucket",
+        "s3://bucket/": "s3://bucket",
+        "s3://bucket/a/b/": "s3://bucket/a/b",
+        "s3://my.bucket-1/Ümlaut x": "s3://my.bucket-1/Ümlaut x",
+        f"s3://{'b' * 63}/{'a' * 512}": f"s3://{'b' * 63}/{'a' * 512}",
+    }.items(),
+)
+def test_a_bucket_and_prefix_have_one_spelling(load: Load, written: str, read: str) -> None:
+    assert load(f"{MINIMAL}store: {written}\n").store == read
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [("on", True), ("off", False), ("Off", False), ("'off'", False), ("true", True),
+     ("false", False)],
+)  # fmt: skip
+def test_on_and_off_are_switches_as_text_and_as_booleans(
+    load: Load, written: str, meant: bool
+) -> None:
+    s3 = load(f"{MINIMAL}store: s3://bucket\ns3: {{conditional_writes: {written}}}\n").s3
+
+    assert s3 is not None
+    assert s3.conditional_writes is meant
+
+
+@pytest.mark.parametrize("written", ["off", "'off'", "false", "OFF"])
+def test_compression_can_be_off_in_every_spelling(load: Load, written: str) -> None:
+    job = load(f"{MINIMAL}checkpoint: {{compression: {written}}}\n")
+
+    assert job.checkpoint.compression is None
+
+
+@pytest.mark.parametrize(
+    ("written", "nbytes"), [("8Gi", 8 << 30), ("'4096'", 4096), ("0M", 0), ("3k", 3000)]
+)
+def test_a_size_is_read_in_bytes(load: Load, written: str, nbytes: int) -> None:
+    assert load(f"{MINIMAL}outputs: {{max_size: {written}}}\n").outputs.max_size_bytes == nbytes
 
 
 def test_naming_one_interval_replaces_the_default_one(load: Load) -> None:
@@ -244,8 +339,33 @@ REFUSED = {
     "health: {metrics: [1]}": "health.metrics[0]: expected text, got 1; put it in quotes",
     "launcher: docker": "launcher: expected process, the only launcher in this version, got 'docke",
     "launcher: kubernetes": "launcher: expected process, the only launcher in this version",
-    "store: s3://bucket/x": "store: expected a directory: this version has no store for s3://",
-    "store: file:///x": "store: expected a directory: this version has no store for file://",
+    "store: file:///x": "store: expected a directory or s3://bucket/prefix, not a place on file://",
+    "store: gs://bucket/x": "store: expected a directory or s3://bucket/prefix, not a place on gs:",
+    "store: s3:/bucket/x": "store: expected a directory or s3://bucket/prefix, not a place on s3:/",
+    "store: s3://": "store: expected s3://bucket/prefix, got 's3://'",
+    "store: s3:///x": "store: expected s3://bucket/prefix, got 's3:///x'",
+    "store: s3://Bucket/x": "store: 'Bucket' cannot be a bucket: expected 3 to 63 lower-case lett",
+    "store: s3://ab/x": "store: 'ab' cannot be a bucket: expected 3 to 63 lower-case letters",
+    "store: s3://a..b/x": "store: 'a..b' cannot be a bucket: expected 3 to 63 lower-case letters",
+    "store: s3://-abc/x": "store: '-abc' cannot be a bucket: expected 3 to 63 lower-case letters",
+    "store: s3://storage:9000/x": "store: 'storage:9000' cannot be a bucket",
+    "store: s3://10.0.0.1/x": "store: '10.0.0.1' cannot be a bucket: it is an address",
+    "store: s3://bucket/a//b": "store: the prefix 'a//b' has an empty part, '.' or '..'",
+    "store: s3://bucket/../b": "store: the prefix '../b' has an empty part, '.' or '..'",
+    'store: "s3://bucket/a\\tb"': "store: the prefix contains a control character",
+    f"store: s3://bucket/{'a' * 513}": "store: expected a prefix of at most 512 bytes",
+    "s3: {region: eu-west-1}": "s3: expected only with a store that is s3://bucket/prefix",
+    "checkpoint: {compression: gzip}": "checkpoint.compression: expected zstd or off, got 'gzip'",
+    "checkpoint: {compression: on}": "checkpoint.compression: expected zstd or off, got 'on'",
+    "checkpoint: {compression: true}": "checkpoint.compression: expected zstd or off, got true",
+    "checkpoint: {compression: 0}": "checkpoint.compression: expected zstd or off, got 0",
+    "checkpoint: {weights_every: auto}": "weights_every: expected a mapping with keys among steps",
+    "checkpoint: {weights_every: {}}": "checkpoint.weights_every: expected at least one of steps",
+    "checkpoint: {weights_evry: {steps: 1}}": "did you mean checkpoint.weights_every?",
+    "outputs: {max_size: 1GB}": "outputs.max_size: expected a size such as 8Gi, 512Mi, 500M or 40",
+    "outputs: {max_size: 1024}": "outputs.max_size: expected a size such as 8Gi, 512Mi, 500M or",
+    "outputs: {max_size: -1}": "outputs.max_size: expected a size such as 8Gi",
+    "outputs: {size: 1Gi}": "outputs.size: is not a key of a job; did you mean outputs.max_size?",
     "store: ''": "store: expected text, not nothing",
     "store: 5": "store: expected text, got 5; put it in quotes",
     'store: "a\\0b"': "store: expected text without NUL characters",
@@ -305,6 +425,69 @@ def test_what_cannot_be_obeyed_is_refused_with_its_line_and_key(
 
     assert re.match(r"job\.yaml:[34]: ", problem)
     assert message in problem
+
+
+REFUSED_ON_S3 = {
+    "s3: {bucket: x}": "s3.bucket: is not a key of a job; valid here: endpoint, region",
+    "s3: {endpont: x}": "s3.endpont: is not a key of a job; did you mean s3.endpoint?",
+    "s3: yes please": "s3: expected a mapping with keys among endpoint, region, addressing, sse",
+    "s3: {endpoint: storage:9000}": "s3.endpoint: expected the URL of a server, such as https://",
+    "s3: {endpoint: 'ftp://storage'}": "s3.endpoint: expected the URL of a server, such as https:",
+    "s3: {endpoint: 'https://'}": "s3.endpoint: expected the URL of a server",
+    "s3: {endpoint: 'https://x:99999'}": "s3.endpoint: expected the URL of a server",
+    "s3: {endpoint: 'https://x/bucket'}": "s3.endpoint: expected only a server; the bucket and",
+    "s3: {endpoint: 'http://s3.amazonaws.com'}": "s3.endpoint: expected https: AWS is not spoken t",
+    "s3: {endpoint: 'HTTP://S3.eu-west-1.AmazonAWS.com/'}": "s3.endpoint: expected https: AWS is n",
+    "s3: {region: EU}": "s3.region: expected a region, such as eu-central-1, got 'EU'",
+    "s3: {addressing: host}": "s3.addressing: expected 'auto', 'path' or 'virtual', got 'host'",
+    "s3: {sse: kms}": "s3.sse: expected 'AES256' or 'aws:kms', got 'kms'",
+    "s3: {kms_key: abc}": "s3.kms_key: expected only with sse: aws:kms",
+    "s3: {sse: AES256, kms_key: abc}": "s3.kms_key: expected only with sse: aws:kms",
+    "s3: {storage_class: cold}": "s3.storage_class: expected a storage class, such as STANDARD_IA",
+    "s3: {role: training}": "s3.role: expected the ARN of a role, got 'training'",
+    "s3: {ca_bundle: ''}": "s3.ca_bundle: expected text, not nothing",
+    "s3: {conditional_writes: maybe}": "s3.conditional_writes: expected on or off, got 'maybe'",
+    "s3: {conditional_writes: yes}": "s3.conditional_writes: can be read as text or, in YAML 1.1",
+    "s3: {conditional_writes: 1}": "s3.conditional_writes: expected on or off, got 1",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("line", "message"), REFUSED_ON_S3.items(), ids=REFUSED_ON_S3)
+def test_what_cannot_be_obeyed_about_s3_is_refused(load: Load, line: str, message: str) -> None:
+    (problem,) = problems_of(load, f"{MINIMAL}store: s3://bucket/x\n{line}\n")
+
+    assert problem.startswith("job.yaml:4: ")
+    assert message in problem
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "s3: {access_key: hush-hush}",
+        "s3: {access_key_id: hush-hush}",
+        "s3: {aws_secret_access_key: hush-hush}",
+        "s3: {session_token: hush-hush}",
+        "s3: {accesskey: hush-hush, endpoint: 'https://x'}",
+        "s3: {profile: hush-hush}",
+        "s3: {endpoint: 'https://user:hush-hush@storage.example'}",
+        "aws_secret_access_key: hush-hush",
+    ],
+)
+def test_credentials_are_refused_without_being_repeated_and_told_where_they_belong(
+    load: Load, line: str
+) -> None:
+    (problem,) = problems_of(load, f"{MINIMAL}store: s3://bucket/x\n{line}\n")
+
+    assert problem.startswith("job.yaml:4: ")
+    assert "hush" not in problem
+    assert "boto3 finds them in AWS_ACCESS_KEY_ID" in problem
+
+
+def test_credentials_in_a_store_are_not_repeated(load: Load) -> None:
+    (problem,) = problems_of(load, f"{MINIMAL}store: s3://user:hush-hush@bucket/x\n")
+
+    assert "hush" not in problem
+    assert "expected s3://bucket/prefix" in problem
 
 
 NAMES = ["A", "a_b", "-a", "a-", "a.b", "a b", "a" * 64, '"a\\n"', "é", '""']
@@ -474,6 +657,14 @@ def test_the_command_line_wins_over_the_file(load: Load, tmp_path: Path) -> None
     assert job.store_path == tmp_path / "elsewhere"
 
 
+def test_another_store_of_the_command_line_has_no_use_for_how_to_reach_s3(load: Load) -> None:
+    elsewhere = load(ON_S3, store="s3://other-bucket/x")
+
+    assert load(ON_S3, store="runs").s3 is None
+    assert elsewhere.store == "s3://other-bucket/x"
+    assert elsewhere.s3 == load(ON_S3).s3
+
+
 def test_a_key_that_the_file_spells_with_a_dot_is_replaced(load: Load) -> None:
     job = load(MINIMAL + 'params: {"a.b": 1}\n', params={"a.b": 2})
 
@@ -490,7 +681,8 @@ def test_values_given_as_params_are_not_changed_by_loading(load: Load) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"store": "s3://x"}, "--store: store: expected a directory"),
+        ({"store": "gs://x"}, "--store: store: expected a directory or s3://bucket/prefix"),
+        ({"store": "s3://x"}, "--store: store: 'x' cannot be a bucket"),
         ({"store": ""}, "--store: store: expected text, not nothing"),
         ({"store": "\udcff"}, "--store: store: is not Unicode text"),
         ({"launcher": "docker"}, "--launcher: launcher: expected process"),
@@ -565,7 +757,7 @@ def test_no_param_is_answered_with_anything_but_a_value_or_a_usage_error(text: s
 
 def test_a_submitted_job_comes_back_equal_from_plain_json(load: Load, tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
-    for text in (MINIMAL, COMPLETE):
+    for text in (MINIMAL, COMPLETE, ON_S3):
         job = load(text)
 
         stored = json.dumps(job_as_submitted(job), allow_nan=False)
@@ -658,7 +850,14 @@ def test_the_schema_refuses_what_the_file_may_not_say() -> None:
     grace = schema["$defs"]["Preemption"]["properties"]["grace"]
     assert (grace["type"], grace["default"]) == ("string", "30s")
     assert re.search(grace["pattern"], "1.5h")
-    assert re.search(schema["properties"]["store"]["not"]["pattern"], "s3://bucket/x")
+    store = schema["properties"]["store"]["pattern"]
+    assert [bool(re.search(store, s)) for s in ("s3://bucket/x", "/runs", "a:b", "gs://x/y")] == [
+        *(True, True, True, False)
+    ]
+    size = schema["$defs"]["Outputs"]["properties"]["max_size"]
+    assert (size["type"], size["default"]) == ("string", "1Gi")
+    switch = schema["$defs"]["S3"]["properties"]["conditional_writes"]
+    assert switch["anyOf"] == [{"type": "boolean"}, {"enum": ["on", "off"]}]
     assert schema["$defs"]["Every"]["minProperties"] == 1
     assert not re.search(grace["pattern"], "0s")
     assert not re.search(grace["pattern"], "-1s")

@@ -22,7 +22,7 @@ from waiting import wait_until
 
 from runner.checkpoint.attempts import Ledger
 from runner.checkpoint.manifest import Manifest
-from runner.supervisor import index
+from runner.supervisor import index, lookup
 
 STATUS_KEYS = [
     *("run_id", "phase", "live", "step", "epoch", "epochs", "batch", "attempt", "activity"),
@@ -168,6 +168,7 @@ def refusals(node: Node) -> dict[str, tuple[list[str], str]]:
     (node.folder / "pkg" / "runner.py").write_text("")
     (node.folder / "text.yaml").write_text("name: job\ncommand: [true]\nchekpoint: {}\n")
     fine = node.job("true")
+    on_s3 = node.job("true", name="e", store="s3://bucket", s3={"ca_bundle": "certificates.pem"})
     return {
         "no job file": (["run", "nowhere.yaml"], "nowhere.yaml"),
         "a key that is none": (["run", "text.yaml"], "text.yaml:3: chekpoint"),
@@ -178,13 +179,24 @@ def refusals(node: Node) -> dict[str, tuple[list[str], str]]:
         "another launcher": (["run", fine, "--launcher", "docker"], "launcher"),
         "a store below a file": (["run", fine, "--store", "a-file/below"], "is not a directory"),
         "a store that is a file": (["run", fine, "--store", "a-file"], "is not a directory"),
-        "a store elsewhere": (["run", fine, "--store", "s3://bucket/x"], "s3:/"),
+        "a store elsewhere": (["run", fine, "--store", "gs://bucket/x"], "gs:/"),
+        "a bucket that is none": (
+            ["run", fine, "--store", "s3://Bucket/x"],
+            "'Bucket' cannot be a",
+        ),
+        "certificates that are not there": (["run", on_s3], "certificates.pem"),
         "a param without a value": (["run", fine, "-p", "lr"], "KEY=VALUE"),
         "an option that is none": (["run", fine, "--nwe"], "--nwe"),
         "a command that is none": (["runn", fine], "runn"),
         "a step of no run": (["run", fine, "--from", "8"], "does not exist"),
         "a path to nothing": (["run", fine, "--from", "./pkg"], "neither a checkpoint nor a run"),
-        "a url": (["run", fine, "--from", "s3://bucket/run"], "directories only"),
+        "a url": (
+            ["run", fine, "--from", "https://x/run"],
+            "expected a path, or s3://bucket/prefix/",
+        ),
+        "a bucket for a run": (["run", fine, "--from", "s3://bucket"], "not a bucket"),
+        "a bucket of odd name": (["run", fine, "--from", "s3://b/run"], "'b' cannot be a bucket"),
+        "a server of no store": (["status", "--s3-region", "x"], "need --store s3://"),
         "components of nothing": (["run", fine, "--components", "model"], "--from"),
         "a plan without a unit": (["simulate", fine, "--preempt", "after=20"], "after=20"),
         "a plan without a step": (["simulate", fine, "--preempt", "step=0"], "step=0"),
@@ -364,6 +376,10 @@ def test_facts_go_to_stdout_and_have_a_regular_shape(finished: Node) -> None:
     assert [(row["name"], row["sound"], row["problem"]) for row in verified.json] == [
         (row["name"], True, "") for row in rows.json
     ]
+    assert {file["name"]: file["compared"] for file in verified.json[0]["files"]} == {
+        "manifest.json": "its own digest",
+        **dict.fromkeys(names, "size, all bytes"),
+    }
     assert schema.json["title"] == "Job"
 
 
@@ -379,9 +395,14 @@ def test_the_same_facts_are_there_for_people(finished: Node) -> None:
     assert [row.split()[1] for row in rows[1:]] == ["24", "12", "8"]
     assert re.search(r"^step +8$", shown, re.MULTILINE)
     assert re.search(r"^file +model\.safetensors \d+ bytes [0-9a-f]{64}$", shown, re.MULTILINE)
-    assert [line.split() for line in verified] == [
-        ["name", "sound", "problem"],
-        [finished.newest().name, "yes"],
+    newest = finished.newest()
+    assert [re.split("  +", line) for line in verified] == [
+        ["checkpoint", "name", "size", "compared", "sound", "problem"],
+        [newest.name, "manifest.json", str(len(newest.to_json())), "its own digest", "yes"],
+        *(
+            [newest.name, file.name, str(file.size), "size, all bytes", "yes"]
+            for file in newest.files
+        ),
     ]
 
 
@@ -497,7 +518,7 @@ def test_a_flipped_bit_is_found(node: Node, made_up: list[Manifest]) -> None:
     assert found[made_up[0].name] == found[made_up[2].name] == (True, "")
     assert found[made_up[1].name][0] is False
     assert "optimizer.safetensors" in found[made_up[1].name][1]
-    assert re.search(r"\bno\b.*optimizer\.safetensors", one.out)
+    assert re.search(r"optimizer\.safetensors .* no  +has other bytes", one.out)
 
 
 @pytest.mark.parametrize("damage", ["no file", "no manifest", "a manifest that is none"])
@@ -534,9 +555,10 @@ def test_a_run_of_which_nothing_is_sound_never_begins_anew(
     for manifest in made_up:
         (node.checkpoint(manifest) / "state.json").write_text("{}")
 
-    done = node.run("run", node.job("echo", "the trainer has started"))
+    done = node.run("run", node.training())
 
-    assert (done.code, done.out) == (70, "")
+    # The script may be starting meanwhile; what it must not get is a state to begin with.
+    assert (done.code, lines_with(done.out, "ready")) == (70, [])
     assert "none of them is sound" in done.err
     assert len(list((node.store_folder / "job" / "quarantine").iterdir())) == 3
 
@@ -601,6 +623,31 @@ def test_an_unreadable_entry_of_the_index_is_passed_over(node: Node) -> None:
     (runs / "strange.json").write_text('{"run_id": "x"}')
 
     assert node.call("status", "-o", "json").json == []
+
+
+def test_a_store_that_is_out_of_reach_does_not_hide_the_other_runs(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lookup, "_OVERVIEW_SECONDS", 0.3)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
+    assert node.run("run", node.job("true")).code == 0
+    runs = Path(node.environment[index.HOME_VARIABLE]) / "runs"
+    entry = json.loads(next(runs.iterdir()).read_text())
+    entry |= {"store": "s3://bucket/x", "s3": {"endpoint": "http://127.0.0.1:9", "new": 1}}
+    for number in (1, 2):
+        (runs / f"away-{number}.json").write_text(json.dumps(entry | {"run_id": f"away-{number}"}))
+
+    listed = node.call("status", "-o", "json")
+
+    assert listed.code == 0
+    assert {row["run_id"]: row["phase"] for row in listed.json} == {
+        "job": "succeeded",
+        "away-1": "unknown",
+        "away-2": "unknown",
+    }
+    assert [list(row) for row in listed.json] == [STATUS_KEYS] * 3
+    assert listed.err.count("nothing is known of the runs in s3://bucket/x") == 1
 
 
 # ---------------------------------------------------------------- secrets

@@ -2,8 +2,10 @@
 
     $RUNNER_HOME/runs/<run>-<hash of the store>.json     one run
     $RUNNER_HOME/logs/<run>-<hash of the store>/000001.log   what an attempt printed
+    $RUNNER_HOME/files/<run>-<hash of the store>/    local files of a run whose store is S3
 
-Nothing here is needed to continue a run: that is the store's part.
+Nothing here is needed to continue a run: that is the store's part. Of an S3 server it is remembered
+how to reach it, and never with which credentials.
 """
 
 from __future__ import annotations
@@ -12,8 +14,13 @@ import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
+
+from runner.job import is_s3
+from runner.store import S3Options
 
 HOME_VARIABLE = "RUNNER_HOME"
 SPOOL_ROOT_VARIABLE = "RUNNER_SPOOL_ROOT"
@@ -28,6 +35,14 @@ class Entry:
     spool: str
     logs: str
     started_at: str
+    s3: Mapping[str, Any] | None = None
+
+    @property
+    def options(self) -> S3Options:
+        """How to reach the store's server."""
+        known = {field.name for field in fields(S3Options)}
+        given = self.s3 if isinstance(self.s3, Mapping) else {}
+        return S3Options(**{k: v for k, v in given.items() if k in known})
 
 
 def home() -> Path:
@@ -41,6 +56,16 @@ def home() -> Path:
 
 def logs_of(run_id: str, store: str) -> Path:
     return home() / "logs" / _key(run_id, store)
+
+
+def files_of(run_id: str, store: str, state_folder: Path | None = None) -> Path:
+    """The folder for a run's local files: beside its checkpoints, where those are on a disk.
+
+    `state_folder` is that of another user or node; default: this one's `home`.
+    """
+    if is_s3(store):
+        return (state_folder or home()) / "files" / _key(run_id, store)
+    return Path(store) / run_id
 
 
 def remember(entry: Entry) -> None:

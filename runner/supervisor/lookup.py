@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from runner import exitcodes
+from runner.board import Board
 from runner.checkpoint.archive import Archive
 from runner.checkpoint.attempts import AttemptRecord, Ledger
 from runner.checkpoint.manifest import Manifest, moment_to_json
 from runner.checkpoint.retention import pins
-from runner.errors import RunnerError, UnknownName
-from runner.spool import Board, Spool, spool_path
-from runner.store import Store, open_store
+from runner.errors import RunnerError, StoreError, UnknownName, UsageError
+from runner.job import is_s3, s3_url
+from runner.spool import Spool, spool_path
+from runner.store import S3Options, Store, open_store
 from runner.supervisor import index
 
+log = logging.getLogger(__name__)
+
+_OVERVIEW_SECONDS = 10.0  # for one run, where many are listed
 _EXIT_CODES = {
     "succeeded": exitcodes.FINISHED,
     "preempted": exitcodes.PREEMPTED,
@@ -71,54 +78,79 @@ class KnownRun:
         return self.archive.find(which, metric, mode)
 
 
-def find_run(name: str, store: str | None = None) -> KnownRun:
+@dataclass(frozen=True)
+class Where:
+    """Where to look for runs: in a store, or, without one, in the index of this machine."""
+
+    store: str | None = None
+    s3: S3Options = field(default_factory=S3Options)
+
+
+def find_run(name: str, where: Where = Where()) -> KnownRun:
     """The run of this name. UnknownName, with the nearest ones, if there is none."""
-    if store is not None:
-        opened = open_store(str(Path(store).expanduser().resolve()))
-        if name not in opened.children("") or Ledger(opened, name, "").run() is None:
-            raise UnknownName(f"run in {store}", name, opened.children(""))
-        spool = spool_path(name, opened.url, os.environ.get(index.SPOOL_ROOT_VARIABLE))
-        return KnownRun(name, opened, Spool(spool), index.logs_of(name, opened.url))
     known = index.entries()
-    for entry in known:
-        if entry.run_id == name:
-            return _from_entry(entry)
-    raise UnknownName("run on this machine", name, [entry.run_id for entry in known])
+    if where.store is None:
+        for entry in known:
+            if entry.run_id == name:
+                return _from_entry(entry)
+        raise UnknownName("run on this machine", name, [entry.run_id for entry in known])
+    opened = _opened(where, known)
+    if Ledger(opened, name, "").run() is None:
+        raise UnknownName(f"run in {where.store}", name, opened.children(""))
+    return _in_store(name, opened)
 
 
-def all_runs(store: str | None = None) -> Iterator[KnownRun]:
+def all_runs(where: Where = Where()) -> Iterator[KnownRun]:
     """Every run of a store, or all that were started on this machine."""
-    if store is None:
-        yield from map(_from_entry, index.entries())
+    known = index.entries()
+    if where.store is None:
+        yield from map(_from_entry, known)
         return
-    for name in open_store(str(Path(store).expanduser().resolve())).children(""):
+    opened = _opened(where, known)
+    for name in opened.children(""):
+        if Ledger(opened, name, "").run() is not None:
+            yield _in_store(name, opened)
+
+
+def _opened(where: Where, known: Sequence[index.Entry]) -> Store:
+    """The store that is meant; how to reach it is remembered from the runs started here."""
+    given = str(where.store)
+    if not is_s3(given):
+        return open_store(str(Path(given).expanduser().resolve()))
+    try:
+        url = s3_url(given)
+    except ValueError as error:
+        raise UsageError(f"--store {given}: {error}") from error
+    remembered = next((entry.options for entry in known if entry.store == url), S3Options())
+    said = {k: v for k, v in asdict(where.s3).items() if v != getattr(S3Options, k)}
+    return open_store(url, replace(remembered, **said))
+
+
+def _in_store(name: str, store: Store) -> KnownRun:
+    spool = spool_path(name, store.url, os.environ.get(index.SPOOL_ROOT_VARIABLE))
+    return KnownRun(name, store, Spool(spool), index.logs_of(name, store.url))
+
+
+def overview(where: Where = Where()) -> Iterator[dict[str, Any]]:
+    """The status of every run. A store that cannot be asked does not keep the others back."""
+    out_of_reach: set[str] = set()
+    for run in all_runs(where):
+        run.store.hurry(time.monotonic() + _OVERVIEW_SECONDS)
         try:
-            yield find_run(name, store)
-        except UnknownName:
-            continue
+            if run.store.url not in out_of_reach:
+                yield status_of(run)
+                continue
+        except StoreError as error:
+            log.warning("nothing is known of the runs in %s: %s", run.store.url, error)
+            out_of_reach.add(run.store.url)
+        yield _status(run, None) | {"phase": "unknown"}
 
 
 def status_of(run: KnownRun) -> dict[str, Any]:
     """One look at a run, as plain JSON; live values where a supervisor of this machine has it."""
     record = run.ledger.latest()
-    live = run.spool.status()
-    board = _board(run) if live else None
-    status: dict[str, Any] = {
-        "run_id": run.run_id,
-        "phase": live["phase"] if live else _phase(record),
-        "live": live is not None,
-        "step": record.end_step or record.saved_step or record.start_step if record else 0,
-        "epoch": None,
-        "epochs": None,
-        "batch": None,
-        "attempt": record.attempt if record else 0,
-        "activity": None,
-        "cause": record.cause if record else None,
-        "saved_step": record.saved_step if record else None,
-        "last_checkpoint": None,
-        "store": run.store.url,
-        "pid": live["pid"] if live else None,
-    }
+    status = _status(run, record)
+    board = _board(run) if status["live"] else None
     newest = next(run.archive.manifests(), None)
     if newest is not None:
         status |= {
@@ -135,6 +167,27 @@ def status_of(run: KnownRun) -> dict[str, Any]:
             "activity": board.phase,
         }
     return status
+
+
+def _status(run: KnownRun, record: AttemptRecord | None) -> dict[str, Any]:
+    """What the attempt's record and the supervisor on this machine tell."""
+    live = run.spool.status()
+    return {
+        "run_id": run.run_id,
+        "phase": live["phase"] if live else _phase(record),
+        "live": live is not None,
+        "step": record.end_step or record.saved_step or record.start_step if record else 0,
+        "epoch": None,
+        "epochs": None,
+        "batch": None,
+        "attempt": record.attempt if record else 0,
+        "activity": None,
+        "cause": record.cause if record else None,
+        "saved_step": record.saved_step if record else None,
+        "last_checkpoint": None,
+        "store": run.store.url,
+        "pid": live["pid"] if live else None,
+    }
 
 
 def exit_code_of(run: KnownRun) -> int:
@@ -172,7 +225,7 @@ def checkpoint_row(manifest: Manifest, pinned: set[str]) -> dict[str, Any]:
 
 
 def _from_entry(entry: index.Entry) -> KnownRun:
-    store = open_store(entry.store)
+    store = open_store(entry.store, entry.options)
     return KnownRun(entry.run_id, store, Spool(Path(entry.spool)), Path(entry.logs))
 
 

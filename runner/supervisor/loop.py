@@ -27,11 +27,11 @@ from runner.board import Why
 from runner.checkpoint.archive import Archive
 from runner.checkpoint.attempts import Ledger, utc_now
 from runner.checkpoint.keeper import Keeper, Origin, is_foreign
+from runner.checkpoint.outputs import Outputs
 from runner.checkpoint.persist import Persister
 from runner.checkpoint.provenance import collect
-from runner.checkpoint.retention import Keep
 from runner.errors import RunnerError, SpoolError, UsageError
-from runner.job import Every, Job, resolved_command
+from runner.job import Every, Job, is_s3, resolved_command
 from runner.launch.leftovers import end_leftovers
 from runner.launch.process import TrainerProcess, build_environment
 from runner.plan import BestMetric, Interval, Plan
@@ -43,6 +43,7 @@ from runner.supervisor.clerk import Clerk
 from runner.supervisor.forecast import Forecaster
 from runner.supervisor.output import Output
 from runner.supervisor.reaper import become_subreaper, reap_orphans
+from runner.supervisor.upkeep import policy_of
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ GRACE_VARIABLE = "RUNNER_GRACE_SECONDS"
 """How a simulated node tells what it is going to do; both stay with the supervisor."""
 
 _TICK_SECONDS = 0.02
-_CLERK_SECONDS = 30.0
+_CLERK_SECONDS = 600.0  # for what is left in the end, the run's own files above all
 _TIDYING_SECONDS = 0.5
 _SIGNALS = (
     signal.SIGTERM,
@@ -84,9 +85,15 @@ class Supervisor:
         self._provenance: dict[str, Any] = {}
         self._rank = spool.rank
         files = index.files_of(assignment.run_id, store.url)
-        self._disk = files / ".slots"
+        self._disk, self._output_dir = files / ".slots", files / "outputs"
         best, policy = job.checkpoint.keep.best, _policy(job)
-        persister = Persister(store, ledger, _keep(job), lambda: self._provenance)
+        persister = Persister(
+            store,
+            ledger,
+            policy_of(job.checkpoint.keep),
+            lambda: self._provenance,
+            compresses=job.checkpoint.compression is not None,
+        )
         self._keeper = Keeper(
             self._rank,
             persister,
@@ -103,13 +110,13 @@ class Supervisor:
             socket.gethostname(),
             self._events.put,
             Forecaster(policy.grace_seconds, chooses_interval=job.checkpoint.every is None),
+            self._outputs(store) if is_s3(store.url) else None,
         )
         self._store = store
         self._logs = index.logs_of(assignment.run_id, store.url)
         self._state, self._actions = machine.begin(policy)
         self._trainer: TrainerProcess | None = None
         self._output: Output | None = None
-        self._output_dir = files / "outputs"
         self._seen: tuple[int, str] | None = None
         self._first_step_seen = self._exit_seen = False
         self._last_saved_at: float | None = None
@@ -135,7 +142,8 @@ class Supervisor:
                 self._advance(self._next_event())
         finally:
             self._end_trainer()
-            saved = self._clerk.finish(self._seconds_left())
+            fenced = self._state.phase is machine.Phase.FENCED
+            saved = self._clerk.finish(self._seconds_left(), fenced=fenced)
             observer.stop()
             tidying.join(_TIDYING_SECONDS)
             for signum, handler in before.items():
@@ -245,7 +253,7 @@ class Supervisor:
         before = self._state
         self._state, actions = machine.step(before, event)
         if isinstance(event, events.Saved):
-            self._last_saved_at = event.at
+            self._last_saved_at = max(event.at, self._last_saved_at or event.at)
         if self._state.phase is not before.phase:
             self._publish()
         self._perform(actions)
@@ -372,6 +380,10 @@ class Supervisor:
     def _attempt(self) -> int:
         return 0 if self._ledger.record is None else self._ledger.record.attempt
 
+    def _outputs(self, store: Store) -> Outputs:
+        limit = self._job.outputs.max_size_bytes
+        return Outputs(store, self._assignment.run_id, self._output_dir, limit)
+
     def _plan(self, attempt: int) -> Plan:
         checkpoint, best = self._job.checkpoint, self._job.checkpoint.keep.best
         every, snapshots = checkpoint.every, checkpoint.snapshot_every
@@ -447,18 +459,6 @@ def _policy(job: Job) -> machine.Policy:
 
 def _interval(every: Every | None) -> Interval:
     return Interval() if every is None else Interval(every.steps, every.minutes, every.epochs)
-
-
-def _keep(job: Job) -> Keep:
-    keep = job.checkpoint.keep
-    best = keep.best
-    return Keep(
-        last=keep.last,
-        best_metric=None if best is None else best.metric,
-        best_mode="min" if best is None else best.mode,
-        best_count=1 if best is None else best.count,
-        every_epochs=None if keep.every is None else keep.every.epochs,
-    )
 
 
 def _wall_clock(monotonic_seconds: float) -> str:

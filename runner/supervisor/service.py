@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from runner import __version__
 from runner.checkpoint.archive import Archive
 from runner.checkpoint.attempts import Ledger, utc_now
-from runner.checkpoint.format import MANIFEST_FILE, STATE_FILE
-from runner.checkpoint.keeper import Origin
 from runner.checkpoint.provenance import mask_secrets
-from runner.errors import SpoolTaken, StoreError, UnknownName, UsageError
+from runner.errors import SpoolTaken, StoreDenied, StoreError, StoreUnfit, UsageError
 from runner.exitcodes import FINISHED
-from runner.job import Best, Job, check_launchable, check_run_id, differences, job_as_submitted
+from runner.job import Job, check_launchable, check_run_id, differences, is_s3, job_as_submitted
 from runner.spool import Spool, new_owner, spool_path
-from runner.store import Store, open_store
+from runner.store import Store
 from runner.supervisor import index
+from runner.supervisor.beginning import beginning_of, real_place
 from runner.supervisor.loop import Assignment, Supervisor
+from runner.supervisor.preflight import (
+    check_reachable,
+    check_writable,
+    refusals,
+    s3_options,
+    store_of,
+)
 
 log = logging.getLogger(__name__)
 
@@ -38,20 +41,6 @@ class Wishes:
     components: tuple[str, ...] = ()
 
 
-def store_of(job: Job) -> Store:
-    """The job's store under its real path, by which its runs are found whatever way led there.
-
-    UsageError if nothing can be written there.
-    """
-    path = job.store_path.resolve()
-    there = next(folder for folder in (path, *path.parents) if folder.exists())
-    if not there.is_dir():
-        raise UsageError(f"the store cannot be written: {there} is not a directory")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise UsageError(f"the store cannot be written: no permission for {there}")
-    return open_store(str(path))
-
-
 def run_id_for(job: Job, wishes: Wishes, store: Store) -> str:
     """The run that is meant: the job's name, the id that was given, or with `new` an unused one."""
     run_id = check_run_id(job.name if wishes.run_id is None else wishes.run_id)
@@ -65,19 +54,25 @@ def run_id_for(job: Job, wishes: Wishes, store: Store) -> str:
     return check_run_id(candidate)
 
 
+def usable_store_of(job: Job) -> Store:
+    """The job's store, after it was tried. UsageError if no run can live there."""
+    store = store_of(job)
+    check_reachable(job, store)
+    check_writable(job, store)
+    return store
+
+
 def supervise(job: Job, wishes: Wishes) -> int:
     """Run a job, or continue it; the exit code. UsageError before anything is written."""
     check_launchable(job)
     store = store_of(job)
-    run_id = run_id_for(job, wishes, store)
-    ledger = Ledger(store, run_id, new_owner())
-    known = ledger.run()
-    _check_same_job(run_id, known, job, update=wishes.update)
-    begin_at, origin = _beginning(wishes, store, run_id, known, job.checkpoint.keep.best)
-    latest = ledger.latest()
-    if latest is not None and latest.outcome == "succeeded" and begin_at is None:
-        log.info("run %s is finished; --new starts another one", run_id)
+    check_reachable(job, store)
+    with refusals(store):
+        known, found = _look(job, wishes, store)
+    if found is None:
         return FINISHED
+    run_id, ledger = found.run_id, Ledger(store, found.run_id, new_owner())
+    check_writable(job, store)
     spool = Spool(spool_path(run_id, store.url, os.environ.get(index.SPOOL_ROOT_VARIABLE)))
     try:
         spool.open()
@@ -90,15 +85,41 @@ def supervise(job: Job, wishes: Wishes) -> int:
         _write_run(ledger, known, job, wishes)
     except StoreError as error:
         spool.remove()
+        if is_s3(store.url) and not isinstance(error, StoreDenied | StoreUnfit):
+            raise  # it may work another time
         raise UsageError(f"the store cannot be written: {error}") from error
-    index.remember(
-        index.Entry(
-            run_id, store.url, str(spool.path), str(index.logs_of(run_id, store.url)), utc_now()
-        )
-    )
-    assignment = Assignment(job, run_id, begin_at, origin)
+    logs = str(index.logs_of(run_id, store.url))
+    options = asdict(s3_options(job)) if is_s3(store.url) else None
+    index.remember(index.Entry(run_id, store.url, str(spool.path), logs, utc_now(), options))
     log.info("run %s: checkpoints in %s", run_id, store.url)
-    return Supervisor(assignment, store, spool, ledger).run()
+    return Supervisor(found, store, spool, ledger).run()
+
+
+def _look(
+    job: Job, wishes: Wishes, store: Store
+) -> tuple[dict[str, Any] | None, Assignment | None]:
+    """What the store says of the run, and what is to be done: nothing, if it is finished.
+
+    UsageError if it cannot go on like this. Nothing is written.
+    """
+    run_id = run_id_for(job, wishes, store)
+    ledger = Ledger(store, run_id, owner="")
+    known = ledger.run()
+    _check_same_job(run_id, known, job, update=wishes.update)
+    best = job.checkpoint.keep.best
+    begin_at, origin = beginning_of(
+        Archive(store, run_id),
+        known,
+        wishes.begin_from,
+        wishes.components,
+        (None, "min") if best is None else (best.metric, best.mode),
+        s3_options(job),
+    )
+    latest = ledger.latest()
+    if latest is not None and latest.outcome == "succeeded" and begin_at is None:
+        log.info("run %s is finished; --new starts another one", run_id)
+        return known, None
+    return known, Assignment(job, run_id, begin_at, origin)
 
 
 def _write_run(ledger: Ledger, known: dict[str, Any] | None, job: Job, wishes: Wishes) -> None:
@@ -110,7 +131,7 @@ def _write_run(ledger: Ledger, known: dict[str, Any] | None, job: Job, wishes: W
     }
     if known is None:
         which = wishes.begin_from
-        document["from"] = None if which is None else _real(which)
+        document["from"] = None if which is None else real_place(which)
         document["components"] = list(wishes.components)
         ledger.begin(document)
     elif known.get("job") != document["job"]:
@@ -132,66 +153,3 @@ def _check_same_job(run_id: str, known: dict[str, Any] | None, job: Job, *, upda
                 ]
             )
         )
-
-
-def _beginning(
-    wishes: Wishes, store: Store, run_id: str, known: dict[str, Any] | None, best: Best | None
-) -> tuple[str | None, Origin | None]:
-    """What the first attempt begins from: a checkpoint of this run, or another run's."""
-    which, components = wishes.begin_from, wishes.components
-    if which is None and components:
-        raise UsageError("--components says what to take over; --from must say from where")
-    if which is not None and _is_path(which):
-        if known is None:
-            return None, _origin(which, components)
-        if (known.get("from"), known.get("components")) != (_real(which), list(components)):
-            raise UsageError(f"run {run_id} exists; --from another run needs --new")
-        which = None  # started again as it was at first: it goes on
-    if which is None:
-        return None, None if known is None else _recorded_origin(store, run_id, known)
-    if known is None:
-        raise UsageError(f"--from {which}: run {run_id} does not exist, so it has no checkpoints")
-    if components:
-        raise UsageError(
-            "--components begins a new run: give --from a checkpoint's path, and --new"
-        )
-    metric, mode = (None, "min") if best is None else (best.metric, best.mode)
-    Archive(store, run_id).find(which, metric, mode)
-    return which, None
-
-
-def _recorded_origin(store: Store, run_id: str, known: dict[str, Any]) -> Origin | None:
-    """What the run began from, if it has saved nothing of its own yet."""
-    which, components = known.get("from"), known.get("components")
-    if which is None or any(record.committed for record in Ledger(store, run_id, "").records()):
-        return None
-    return _origin(which, components or ())
-
-
-def _is_path(which: str) -> bool:
-    return "/" in which or which.startswith(".")
-
-
-def _real(path: str) -> str:
-    return str(Path(path).expanduser().resolve())
-
-
-def _origin(which: str, components: Sequence[str]) -> Origin:
-    """The checkpoint at a path: its own directory, or a run's, of which the newest is taken."""
-    if "://" in which:
-        raise UsageError(f"--from {which}: this version reads directories only")
-    path = Path(_real(which))
-    if (path / MANIFEST_FILE).is_file():
-        run, name = path.parent.parent, path.name
-    elif (path / "checkpoints").is_dir():
-        run, name = path, "latest"
-    else:
-        raise UsageError(f"--from {which}: there is neither a checkpoint nor a run")
-    archive = Archive(open_store(str(run.parent)), run.name)
-    manifest = archive.find(name)
-    archive.verify(manifest)
-    state = json.loads((run / "checkpoints" / manifest.name / STATE_FILE).read_bytes())
-    for component in components:
-        if component not in state["components"]:
-            raise UnknownName(f"component in {which}", component, list(state["components"]))
-    return Origin(archive, manifest.name, tuple(components))

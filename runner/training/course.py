@@ -27,6 +27,7 @@ from runner.training.preempted import Preempted
 from runner.training.rhythm import SaveRhythm, SnapshotRhythm
 from runner.training.session import SavedState, Session
 from runner.training.streams import Streams
+from runner.training.tensors import TensorSource
 from runner.training.tree import Decoder, first_difference
 from runner.training.watch import OptimizerWatch
 
@@ -94,6 +95,7 @@ class Course:
         self._warned_midway = False
         self._carries_gradients = False  # over the last body's end, for want of a step
         self._saved: SavedState | None = None
+        self._source: TensorSource | None = None
         self._saved_loop: dict[str, Any] | None = None
         self._inside = False  # an epoch has begun in this process
         self._loops_passed = 0  # on the way back: loops that the saved run had left behind
@@ -115,6 +117,7 @@ class Course:
         source = saved.source.anew()  # what it hands out must not be kept until `arrive`
         progress = Decoder(source.own).decode(saved.document["progress"])
         self.state.restore(saved.document, source, final=False)
+        self._source = source.anew()
         self.place = Place(**progress["place"])
         self._load_metrics(progress)
         self._best = progress["best"]
@@ -145,11 +148,13 @@ class Course:
             change = first_difference(saved.document[part], now[part], part)
             if change is not None:
                 log.warning("changed between attach() and the loop, and put back: %s", change)
-        source = saved.source.anew()
+        source = self._source or saved.source.anew()
+        self._source = None
         self.state.restore(saved.document, source, final=True)
         self._load_metrics(Decoder(source.own).decode(saved.document["progress"]))
         self.session.restored()
         self.session.alive()
+        self.prepare_slots()  # not beside the restore: both are bound by the same memory
 
     def _load_metrics(self, progress: Mapping[str, Any]) -> None:
         self.metrics.load_state(progress["metrics"])
@@ -320,8 +325,9 @@ class Course:
                 "the body of the loop ends"
             )
         if self._saved is not None:  # in place since `attach`; the script has trained on from it
-            self._saved = self._saved_loop = None
+            self._saved = self._saved_loop = self._source = None
             self.session.restored()
+            self.prepare_slots()
         self.begin_step()  # from the second boundary on it is known how long a step takes
         self.step_boundary()
         self.metrics.next_state()

@@ -194,6 +194,7 @@ def attach(*, state: dict[Any, Any] | None = None, **stateful: Any) -> Run:
         resumed_from = ResumedFrom(moment.step, moment.epoch, moment.triggers, moment.metrics)
     else:
         session.restored()
-    course.prepare_slots()
+    if not course.returning:
+        course.prepare_slots()
     session.board.phase = "attached"
     return Run(course, values, resumed_from)

@@ -8,6 +8,7 @@ lives, as tensors of their own where they become part of it.
 from __future__ import annotations
 
 import re
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -116,10 +117,17 @@ class TensorSource:
                 ranges = fmt.read_safetensors_header(content, image.name)
                 self._files[image.name] = content, ranges
         self._owned: dict[tuple[str, str], torch.Tensor] = {}
+        self._earlier: dict[tuple[str, str], weakref.ref[torch.Tensor]] = {}
 
     def anew(self) -> TensorSource:
-        """The same one, which has handed out nothing yet and so keeps nothing alive."""
-        return TensorSource(self.memory, self.images)
+        """The same one, which keeps nothing alive of what this one has handed out.
+
+        What is still in use of that gets its saved values once more, where it is: new memory costs
+        several times as much as a copy.
+        """
+        again = TensorSource(self.memory, self.images)
+        again._earlier = {key: weakref.ref(tensor) for key, tensor in self._owned.items()}
+        return again
 
     def view(self, reference: Mapping[str, Any]) -> torch.Tensor:
         """The saved tensor where it lies, on the CPU, to be copied from and then let go."""
@@ -149,13 +157,26 @@ class TensorSource:
             if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
                 device = torch.device("cpu")
             stride = reference.get("stride")
+            earlier = self._earlier[key]() if key in self._earlier else None
             tensor = (
                 torch.empty(saved.shape, dtype=saved.dtype, device=device)
                 if stride is None
                 else torch.empty_strided(saved.shape, stride, dtype=saved.dtype, device=device)
             )
+            if earlier is not None and _is_alike(earlier, tensor):
+                tensor = earlier
             self._owned[key] = tensor.copy_(saved)
         return self._owned[key]
+
+
+def _is_alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether one can stand for the other: a plain value, of the same kind and shape in memory."""
+    return (
+        not one.requires_grad
+        and (one.shape, one.dtype, one.device, one.stride())
+        == (other.shape, other.dtype, other.device, other.stride())
+        and one._base is None
+    )
 
 
 def _view(memory: memoryview, where: TensorRange) -> torch.Tensor:

@@ -1,0 +1,74 @@
+"""The command line: parse, call, print, and turn errors into exit codes.
+
+Facts go to stdout, progress and logs to stderr. `-o json` prints facts for programs.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+
+import typer
+
+from runner import exitcodes
+from runner.cli import checkpoints, doctor, looking, running
+from runner.cli.common import print_json
+from runner.errors import RunnerError, StoreDenied, StoreUnfit, UsageError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Run training jobs that survive preemption, bit for bit.",
+)
+for command in (
+    *(running.submit, running.run, looking.status, looking.logs, looking.stop, looking.wait),
+    *(running.simulate, doctor.doctor),
+):
+    app.command()(command)
+app.add_typer(checkpoints.app, name="checkpoints")
+
+_NO_RETRY_HELPS = (UsageError, StoreDenied, StoreUnfit)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of the job file."""
+    from runner.job import job_schema
+
+    print_json(job_schema())
+
+
+def main() -> None:
+    """The console script: no traceback for an error that was raised on purpose or by the system."""
+    logging.basicConfig(
+        level=logging.INFO, format="runner: %(message)s", stream=sys.stderr, force=True
+    )
+    for library in ("boto3", "botocore", "urllib3"):  # which credentials were found is for doctor
+        logging.getLogger(library).setLevel(logging.WARNING)
+    if sys.argv[1:2] in (["run"], ["submit"]):
+        _end_early_on_signals()
+    try:
+        app()
+    except RunnerError as error:
+        typer.echo(f"runner: {error}", err=True)
+        wrong = isinstance(error, _NO_RETRY_HELPS)
+        sys.exit(exitcodes.USAGE if wrong else exitcodes.GIVEN_UP)
+    except OSError as error:
+        typer.echo(f"runner: the system refuses: {error}", err=True)
+        sys.exit(exitcodes.GIVEN_UP)
+
+
+def _end_early_on_signals() -> None:
+    """Until the supervisor listens to signals there is nothing to save: leave with the right code.
+
+    Otherwise a preemption in the first tenths of a second would look like a crash.
+    """
+    for signum, code in (
+        (signal.SIGINT, exitcodes.INTERRUPTED),
+        (signal.SIGTERM, exitcodes.PREEMPTED),
+    ):
+        signal.signal(signum, lambda *_, code=code: os._exit(code))

@@ -1,0 +1,201 @@
+"""Commands about what is saved: `runner checkpoints …`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from runner.cli.common import (
+    BundleOption,
+    EndpointOption,
+    OutputOption,
+    RegionOption,
+    RunName,
+    StoreOption,
+    found_run,
+    print_json,
+    print_rows,
+)
+
+app = typer.Typer(no_args_is_help=True, help="What is saved, and whether it is sound.")
+
+Which = Annotated[str, typer.Argument(metavar="latest|best|STEP|NAME")]
+
+
+@app.command("ls")
+def list_checkpoints(
+    name: RunName,
+    store: StoreOption = None,
+    s3_endpoint: EndpointOption = None,
+    s3_region: RegionOption = None,
+    s3_ca_bundle: BundleOption = None,
+    output: OutputOption = "text",
+) -> None:
+    """All checkpoints of a run, newest first."""
+    from runner.supervisor.lookup import checkpoints_of
+
+    columns = ("name", "step", "epoch", "triggers", "bytes", "healthy", "pinned", "created_at")
+    print_rows(
+        checkpoints_of(found_run(name, store, s3_endpoint, s3_region, s3_ca_bundle)),
+        columns,
+        output,
+    )
+
+
+@app.command("show")
+def show_checkpoint(
+    name: RunName,
+    which: Annotated[str, typer.Argument(metavar="[latest|best|STEP|NAME]")] = "latest",
+    store: StoreOption = None,
+    s3_endpoint: EndpointOption = None,
+    s3_region: RegionOption = None,
+    s3_ca_bundle: BundleOption = None,
+    digest: Annotated[
+        bool, typer.Option("--digest", help="Print one SHA-256 over the content, and nothing else.")
+    ] = False,
+    output: OutputOption = "text",
+) -> None:
+    """What a checkpoint is, and where it comes from."""
+    found = found_run(name, store, s3_endpoint, s3_region, s3_ca_bundle)
+    manifest = found.find_checkpoint(which)
+    if digest:
+        value = found.archive.digest(manifest)
+        print_json({"name": manifest.name, "digest": value}) if output == "json" else typer.echo(
+            value
+        )
+        return
+    document = json.loads(manifest.to_json())
+    if output == "json":
+        print_json(document)
+        return
+    for key, value in document.items():
+        if key == "files":
+            for file in value:
+                typer.echo(f"{'file':<20} {file['name']} {file['size']} bytes {file['digest']}")
+        else:
+            typer.echo(f"{key:<20} {json.dumps(value)}")
+
+
+@app.command("verify")
+def verify_checkpoints(
+    name: RunName,
+    which: Annotated[str | None, typer.Argument(metavar="[latest|best|STEP|NAME]")] = None,
+    deep: Annotated[bool, typer.Option("--deep", help="Read every byte.")] = False,
+    store: StoreOption = None,
+    s3_endpoint: EndpointOption = None,
+    s3_region: RegionOption = None,
+    s3_ca_bundle: BundleOption = None,
+    output: OutputOption = "text",
+) -> None:
+    """Compare checkpoints with their manifests; exit 1 if one is not sound.
+
+    On S3 the server's own checksums and sizes are compared, and no byte is moved; --deep reads
+    everything. A directory keeps no checksums, so there everything is read.
+    """
+    from runner.supervisor.verification import verify_all, verify_found
+
+    run = found_run(name, store, s3_endpoint, s3_region, s3_ca_bundle)
+    verdicts = (
+        verify_all(run.archive, deep=deep)
+        if which is None
+        else [verify_found(run.archive, lambda: run.find_checkpoint(which), deep=deep)]
+    )
+    rows: list[dict[str, Any]] = [
+        {
+            "name": verdict.name,
+            "sound": not verdict.problem,
+            "problem": verdict.problem,
+            "files": [{**asdict(file), "sound": file.sound} for file in verdict.files],
+        }
+        for verdict in verdicts
+    ]
+    if output == "json":
+        print_json(rows)
+    else:
+        files = [{**file, "checkpoint": row["name"]} for row in rows for file in row["files"]]
+        print_rows(files, ("checkpoint", "name", "size", "compared", "sound", "problem"), output)
+    raise typer.Exit(0 if all(row["sound"] for row in rows) else 1)
+
+
+@app.command("pin")
+def pin_checkpoint(
+    name: RunName,
+    which: Which,
+    store: StoreOption = None,
+    s3_endpoint: EndpointOption = None,
+    s3_region: RegionOption = None,
+    s3_ca_bundle: BundleOption = None,
+) -> None:
+    """Keep a checkpoint, whatever the job says about keeping."""
+    from runner.supervisor.upkeep import pin
+
+    typer.echo(f"pinned {pin(found_run(name, store, s3_endpoint, s3_region, s3_ca_bundle), which)}")
+
+
+@app.command("unpin")
+def unpin_checkpoint(
+    name: RunName,
+    which: Which,
+    store: StoreOption = None,
+    s3_endpoint: EndpointOption = None,
+    s3_region: RegionOption = None,
+    s3_ca_bundle: BundleOption = None,
+) -> None:
+    """Leave a pinned checkpoint to the job's rules again."""
+    from runner.supervisor.upkeep import unpin
+
+    typer.echo(
+        f"unpinned {unpin(found_run(name, store, s3_endpoint, s3_region, s3_ca_bundle), which)}"
+    )
+
+
+@app.command("gc")
+def collect_garbage(
+    name: RunName,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say it, and delete nothing.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Even if a supervisor may have the run.")
+    ] = False,
+    store: StoreOption = None,
+    s3_endpoint: EndpointOption = None,
+    s3_region: RegionOption = None,
+    s3_ca_bundle: BundleOption = None,
+    output: OutputOption = "text",
+) -> None:
+    """Delete the checkpoints that the job's rules do not keep; say why each other one stays."""
+    from runner.supervisor.upkeep import clean, plan
+
+    found = found_run(name, store, s3_endpoint, s3_region, s3_ca_bundle)
+    fates = plan(found) if dry_run else clean(found, force=force)
+    verb = "would go" if dry_run else "deleted"
+    rows = [
+        {
+            "name": fate.name,
+            "action": verb if fate.goes else "stays",
+            "why": list(fate.why),
+            "bytes": fate.nbytes,
+        }
+        for fate in fates
+    ]
+    print_rows(rows, ("name", "action", "why", "bytes"), output)
+
+
+@app.command("export")
+def export_checkpoint(
+    name: RunName,
+    which: Which,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new or an empty folder.")],
+    store: StoreOption = None,
+    s3_endpoint: EndpointOption = None,
+    s3_region: RegionOption = None,
+    s3_ca_bundle: BundleOption = None,
+) -> None:
+    """Copy a checkpoint's files into a folder, every byte verified."""
+    from runner.supervisor.upkeep import export
+
+    manifest = export(found_run(name, store, s3_endpoint, s3_region, s3_ca_bundle), which, folder)
+    typer.echo(f"{manifest.name}: {len(manifest.files)} files, {manifest.nbytes} bytes in {folder}")

@@ -1,0 +1,167 @@
+"""Commands that start a run: `submit`, `run`, `simulate`."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from runner import exitcodes
+from runner.cli.common import (
+    ComponentsOption,
+    FromOption,
+    JobFile,
+    LauncherOption,
+    NewOption,
+    OutputOption,
+    ParamOption,
+    RunIdOption,
+    StoreOption,
+    UpdateOption,
+    load,
+    print_json,
+)
+from runner.errors import UsageError
+
+
+def submit(
+    job: JobFile,
+    param: ParamOption = None,
+    launcher: LauncherOption = None,
+    store: StoreOption = None,
+    run_id: RunIdOption = None,
+    begin_from: FromOption = None,
+    components: ComponentsOption = None,
+    new: NewOption = False,
+    update: UpdateOption = False,
+    detach: Annotated[bool, typer.Option("--detach", help="Return as soon as it runs.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, and start nothing.")] = False,
+) -> None:
+    """Start a run, or continue it if it exists."""
+    from runner.job import check_launchable
+
+    loaded = load(job, param, launcher, store)
+    if dry_run:
+        check_launchable(loaded)
+        print_json(_resolved(loaded))
+        return
+    if detach:
+        from runner.supervisor.detached import start_detached
+
+        check_launchable(loaded)
+        arguments = sys.argv[1:]
+        started = start_detached([a for a in arguments if a != "--detach"])
+        if started.exit_code is not None:
+            typer.echo(started.log.read_text(errors="replace"), err=True, nl=False)
+            code = started.exit_code
+            raise typer.Exit(code if code >= 0 else exitcodes.GIVEN_UP)
+        typer.echo(f"process {started.pid}; its log is {started.log}", err=True)
+        return
+    _supervise(loaded, run_id, new, update, begin_from, components)
+
+
+def run(
+    job: JobFile,
+    param: ParamOption = None,
+    launcher: LauncherOption = None,
+    store: StoreOption = None,
+    run_id: RunIdOption = None,
+    begin_from: FromOption = None,
+    components: ComponentsOption = None,
+    new: NewOption = False,
+    update: UpdateOption = False,
+) -> None:
+    """Start or continue a run in the foreground, as PID 1 of a container."""
+    loaded = load(job, param, launcher, store)
+    _supervise(loaded, run_id, new, update, begin_from, components)
+
+
+def _resolved(job: Any) -> dict[str, Any]:
+    from runner.job import job_as_submitted
+
+    return job_as_submitted(job)
+
+
+def _supervise(
+    job: Any,
+    run_id: str | None,
+    new: bool,
+    update: bool,
+    begin_from: str | None,
+    components: str | None,
+) -> None:
+    from runner.supervisor.service import Wishes, supervise
+
+    names = tuple(name.strip() for name in (components or "").split(",") if name.strip())
+    raise typer.Exit(supervise(job, Wishes(run_id, new, update, begin_from, names)))
+
+
+def simulate(
+    job: JobFile,
+    preempt: Annotated[
+        list[str] | None,
+        typer.Option("--preempt", metavar="after=20s|step=150", help="A notice; may be repeated."),
+    ] = None,
+    grace: Annotated[
+        str | None, typer.Option("--grace", help="Between notice and kill; default: the job's.")
+    ] = None,
+    lose_disk: Annotated[
+        bool, typer.Option("--lose-disk", help="The node's disk and memory go with it.")
+    ] = False,
+    trace: Annotated[
+        Path | None, typer.Option("--trace", help="Replay a recorded spot trace (JSON).")
+    ] = None,
+    speedup: Annotated[float, typer.Option("--speedup", help="Of the trace's time.")] = 1.0,
+    param: ParamOption = None,
+    store: StoreOption = None,
+    run_id: RunIdOption = None,
+    output: OutputOption = "text",
+) -> None:
+    """Run a job to its end on a simulated spot node, and report what the preemptions cost."""
+    from runner import simulation
+    from runner.job import check_launchable
+    from runner.supervisor.service import Wishes, run_id_for, usable_store_of
+    from runner.units import parse_duration
+
+    loaded = load(job, param, None, store)
+    check_launchable(loaded)
+    try:
+        seconds = loaded.preemption.grace_seconds if grace is None else parse_duration(grace)
+    except ValueError as error:
+        raise UsageError(f"--grace {grace}: {error}") from error
+    plan = simulation.plan_from(
+        seconds, preempt or [], lose_disk=lose_disk, trace=trace, speedup=speedup
+    )
+    opened = usable_store_of(loaded)
+    _clean_up_on_signals()
+    options = [option for text in param or () for option in ("-p", text)]
+    options += ["--store", opened.url]
+    report = simulation.simulate(
+        job,
+        plan,
+        options,
+        store=opened,
+        run_id=run_id_for(loaded, Wishes(run_id=run_id, new=run_id is None), opened),
+        quiet_stdout=output == "json",
+    )
+    if output == "json":
+        print_json(report)
+    else:
+        typer.echo(simulation.as_text(report))
+    raise typer.Exit(report["exit_code"] if report["exit_code"] >= 0 else 1)
+
+
+def _clean_up_on_signals() -> None:
+    """Leave by an exception, so that what was started is ended, and only once."""
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def leave(signum: int, _frame: object) -> None:
+        for each in signals:
+            signal.signal(each, signal.SIG_IGN)
+        sys.exit(128 + signum)
+
+    for signum in signals:
+        signal.signal(signum, leave)

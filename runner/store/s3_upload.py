@@ -1,0 +1,325 @@
+"""A checkpoint on its way into a bucket.
+
+    <prefix>/<file> …         written first, several at once, in parts that the server verifies
+    <prefix>/manifest.json    written last and only if absent: the commit
+
+The files lie under their final keys from the beginning. Without a manifest they are no checkpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from hashlib import sha256
+from typing import Any
+
+from runner.errors import NotFound, StoreDenied, StoreError, StoreUnfit
+from runner.store.base import Content, Part
+from runner.store.s3_body import ViewBody, base64_of, composite_of, digest_from
+from runner.store.s3_bucket import Bucket, Sent
+from runner.store.s3_calls import SHORT_PATIENCE_SECONDS, Errand, Try
+from runner.store.s3_errors import UploadGone
+from runner.store.s3_lanes import Job, Lanes
+
+log = logging.getLogger(__name__)
+
+
+class StagedObjects:
+    """A `Staging` under a prefix of a bucket. `ended` is told when nothing is left to clean up."""
+
+    def __init__(
+        self, bucket: Bucket, lanes: Lanes, prefix: str, ended: Callable[[], object]
+    ) -> None:
+        self._bucket, self._lanes, self._prefix, self._ended = bucket, lanes, prefix, ended
+        self._errand = Errand()
+        self._files: dict[str, _File] = {}
+        self._in_doubt = False
+
+    def write(self, contents: Sequence[Content]) -> list[tuple[bytes, ...]]:
+        """Several files and parts at once, each part taken when there is a lane for it."""
+        files = [self._file(content.name) for content in contents]
+        self._run(_uploading(files, contents))
+        return [file.digests() for file in files]
+
+    def copy(self, name: str, key: str, part_bytes: int, digests: Sequence[bytes]) -> None:
+        """A copy on the server, of the same parts, so that it has the same checksum."""
+        self._run(self._file(name).copying(key, part_bytes, digests))
+
+    def commit(self, name: str, manifest: bytes) -> None:
+        """One conditional write. One that is there with these bytes is our own, of another try."""
+        key, sent = self._key(name), Sent()
+        self._in_doubt = True
+        try:
+            made = self._bucket.put_new(key, manifest, sent, known=True)
+        except (StoreDenied, StoreUnfit):
+            self._in_doubt = sent.count > 1
+            raise
+        if not made:
+            raise StoreError(f"{self._bucket.where(key)} is there, and another has written it")
+        self._ended()
+
+    def abort(self) -> None:
+        """Remove the files, unless a manifest may have come to them: then they are left.
+
+        A manifest whose write was not acknowledged may still arrive. With its files it is a sound
+        checkpoint; without them it would be a corrupt one.
+        """
+        try:
+            self.clean()
+        except StoreError as error:
+            log.warning("%s: remains of a save: %s", self._bucket.where(self._prefix), error)
+
+    def clean(self) -> None:
+        """`abort`, and StoreError if something is left."""
+        self._bucket.calls.cancel(self._errand)
+        if not self._in_doubt:
+            for file in self._files.values():
+                file.remove()
+        self._ended()
+
+    def give_up(self) -> None:
+        """End what is under way; what was there before stays."""
+        self._bucket.calls.cancel(self._errand)
+        for file in self._files.values():
+            file.end_upload()
+
+    def _run(self, jobs: Iterator[Job]) -> None:
+        self._lanes.run(jobs, lambda: self._bucket.calls.cancel(self._errand))
+
+    def _file(self, name: str) -> _File:
+        file = _File(self._bucket, self._key(name), self._errand)
+        self._files[name] = file
+        return file
+
+    def _key(self, name: str) -> str:
+        if name in ("", ".", "..") or "/" in name or "\0" in name:
+            raise StoreError(f"{name!r} is no plain file name")
+        return f"{self._prefix}/{name}"
+
+
+def _uploading(files: Sequence[_File], contents: Sequence[Content]) -> Iterator[Job]:
+    """A job for each part, made when it is asked for; one part is looked at ahead."""
+    for file, content in zip(files, contents, strict=True):
+        number, ahead = 0, None
+        for part in content.parts:
+            if ahead is not None:
+                number += 1
+                yield file.sending(number, ahead)
+            ahead = part
+        if ahead is None:
+            raise StoreError(f"{content.name} has no parts")
+        if number == 0:
+            yield file.putting(ahead)
+        else:
+            file.number_of_parts = number + 1
+            yield file.sending(number + 1, ahead)
+
+
+class _File:
+    """One object being written, by several threads."""
+
+    def __init__(self, bucket: Bucket, key: str, errand: Errand) -> None:
+        self._bucket, self._key, self._errand = bucket, key, errand
+        self._full = bucket.full(key)
+        self._lock = threading.Lock()
+        self._upload: str | None = None
+        self._digests: dict[int, bytes] = {}
+        self._done: dict[int, dict[str, Any]] = {}
+        self._completed = False
+        self.number_of_parts: int | None = None
+
+    def digests(self) -> tuple[bytes, ...]:
+        return tuple(self._digests[number] for number in sorted(self._digests))
+
+    # ------------------------------------------------------------------ jobs
+
+    def putting(self, part: Part) -> Job:
+        """The whole file is one part."""
+
+        def job() -> int:
+            digest = part.digest or sha256(part.memory).digest()
+            self._bucket.put(self._key, part.memory, digest, self._errand)
+            self._digests[1] = digest
+            return len(part.memory)
+
+        return job
+
+    def sending(self, number: int, part: Part) -> Job:
+        def job() -> int:
+            upload = self._begin()
+            digest = part.digest or sha256(part.memory).digest()
+            nbytes = len(part.memory)
+            self._finish(number, digest, self._send(upload, number, part.memory, digest))
+            return nbytes
+
+        return job
+
+    def copying(self, key: str, part_bytes: int, digests: Sequence[bytes]) -> Iterator[Job]:
+        size = self._bucket.stored(key).size
+        source = {"Bucket": self._bucket.name, "Key": self._bucket.full(key)}
+        if max(1, -(-size // part_bytes)) != len(digests):
+            raise StoreError(f"{self._bucket.where(key)} has {size} bytes: not those to be copied")
+        if len(digests) == 1:
+            yield lambda: self._copy_whole(source, digests[0])
+            return
+        self.number_of_parts = len(digests)
+        for number, digest in enumerate(digests, 1):
+            begin = (number - 1) * part_bytes
+            end = min(size, begin + part_bytes)
+            yield self._copying_part(source, number, begin, end, digest)
+
+    def _copying_part(
+        self, source: dict[str, str], number: int, begin: int, end: int, digest: bytes
+    ) -> Job:
+        def job() -> int:
+            upload = self._begin()
+
+            def send(client: Any, one: Try) -> dict[str, Any]:
+                answer: dict[str, Any] = client.upload_part_copy(
+                    Bucket=self._bucket.name,
+                    Key=self._full,
+                    UploadId=upload,
+                    PartNumber=number,
+                    CopySource=source,
+                    CopySourceRange=f"bytes={begin}-{end - 1}",
+                )["CopyPartResult"]
+                return answer
+
+            copied = self._bucket.ask("UploadPartCopy", self._full, send, errand=self._errand)
+            self._bucket.compare(self._key, copied.get("ChecksumSHA256"), base64_of(digest))
+            self._finish(number, digest, copied)
+            return 0
+
+        return job
+
+    def _copy_whole(self, source: dict[str, str], digest: bytes) -> int:
+        def send(client: Any, one: Try) -> None:
+            client.copy_object(
+                Bucket=self._bucket.name,
+                Key=self._full,
+                CopySource=source,
+                ChecksumAlgorithm="SHA256",
+                **self._bucket.stored_as(),
+            )
+
+        self._bucket.ask("CopyObject", self._full, send, errand=self._errand)
+        self._digests[1] = digest
+        self._check(digest.hex())
+        return 0
+
+    # ------------------------------------------------------------------ requests
+
+    def _begin(self) -> str:
+        """The id of the multipart upload, which the first part begins."""
+
+        def send(client: Any, one: Try) -> str:
+            answer = client.create_multipart_upload(
+                Bucket=self._bucket.name,
+                Key=self._full,
+                ChecksumAlgorithm="SHA256",
+                **self._bucket.stored_as(),
+            )
+            return str(answer["UploadId"])
+
+        with self._lock:
+            if self._upload is None:
+                self._upload = self._bucket.ask(
+                    "CreateMultipartUpload", self._full, send, errand=self._errand
+                )
+            return self._upload
+
+    def _send(self, upload: str, number: int, memory: memoryview, digest: bytes) -> dict[str, Any]:
+        checksum = base64_of(digest)
+
+        def send(client: Any, one: Try) -> dict[str, Any]:
+            body = ViewBody(memory)
+            one.when_unwanted(body.close)
+            answer: dict[str, Any] = client.upload_part(
+                Bucket=self._bucket.name,
+                Key=self._full,
+                UploadId=upload,
+                PartNumber=number,
+                Body=body,
+                ChecksumAlgorithm="SHA256",
+                ChecksumSHA256=checksum,
+            )
+            self._bucket.compare(self._key, answer.get("ChecksumSHA256"), checksum)
+            return answer
+
+        return self._bucket.ask(
+            "UploadPart", self._full, send, nbytes=len(memory), errand=self._errand
+        )
+
+    def _finish(self, number: int, digest: bytes, answer: dict[str, Any]) -> None:
+        """Note that a part is there; whoever brings the last one completes the upload."""
+        part = {"PartNumber": number, "ETag": answer["ETag"]}
+        if "ChecksumSHA256" in answer:
+            part["ChecksumSHA256"] = answer["ChecksumSHA256"]
+        with self._lock:
+            self._digests[number], self._done[number] = digest, part
+            if len(self._done) != self.number_of_parts:
+                return
+        self._complete()
+
+    def _complete(self) -> None:
+        ours = composite_of(self.digests())
+        tries = 0
+
+        def send(client: Any, one: Try) -> str | None:
+            nonlocal tries
+            tries += 1
+            # A completion that was cut off may have been done, or be going on.
+            if tries > 1 and self._is_stored(digest_from(ours)):
+                return ours
+            answer = client.complete_multipart_upload(
+                Bucket=self._bucket.name,
+                Key=self._full,
+                UploadId=self._upload,
+                MultipartUpload={"Parts": [self._done[n] for n in sorted(self._done)]},
+            )
+            told: str | None = answer.get("ChecksumSHA256")
+            return told
+
+        try:
+            theirs = self._bucket.ask(
+                "CompleteMultipartUpload", self._full, send, errand=self._errand
+            )
+        except UploadGone:
+            if not self._is_stored(digest_from(ours)):
+                raise
+            theirs = ours
+        self._completed = True
+        if theirs is None:
+            self._check(digest_from(ours))
+        else:
+            self._bucket.compare(self._key, theirs, ours)
+
+    def _is_stored(self, digest: str | None) -> bool:
+        try:
+            return self._bucket.stored(self._key).digest == digest
+        except NotFound:
+            return False
+
+    def _check(self, digest: str | None) -> None:
+        """Compare the stored object's checksum, where the server keeps any."""
+        theirs = self._bucket.stored(self._key).digest
+        if theirs is None:
+            log.warning("%s: the server keeps no SHA-256 of it", self._bucket.where(self._key))
+        elif theirs != digest:
+            raise StoreError(f"{self._bucket.where(self._key)} has other bytes than it should")
+
+    def remove(self) -> None:
+        """End the upload if it is not complete, and delete the object if there may be one."""
+        self.end_upload()
+        self._bucket.ask(
+            "DeleteObject",
+            self._full,
+            lambda client, one: client.delete_object(Bucket=self._bucket.name, Key=self._full),
+            patience_seconds=SHORT_PATIENCE_SECONDS,
+        )
+
+    def end_upload(self) -> None:
+        upload = self._upload
+        if upload is not None and not self._completed:
+            self._bucket.abort_upload(self._full, upload)

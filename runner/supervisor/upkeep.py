@@ -1,0 +1,229 @@
+"""What people do to the checkpoints of a run: clean up, pin, unpin, copy out.
+
+Cleaning asks the same policy that a supervisor applies after every save, with the `keep` of the job
+as it was submitted last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import mmap
+import os
+import secrets
+import shutil
+import socket
+from collections.abc import Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from runner import job
+from runner.checkpoint.attempts import utc_now
+from runner.checkpoint.format import MANIFEST_FILE, CheckpointName
+from runner.checkpoint.manifest import FileEntry, Manifest, Moment, plain_entry
+from runner.checkpoint.retention import Keep, delete_checkpoint, pins, superfluous
+from runner.errors import CheckpointCorrupt, NotFound, UnknownName, UsageError
+from runner.supervisor.lookup import KnownRun
+from runner.supervisor.verification import verified_parts
+
+_NEWER_THAN_ALL = tuple(
+    Moment(attempt=1 << 40, save=save, step=0, epoch=0, batch=1, scope=scope)
+    for save, scope in enumerate(("full", "weights"))
+)
+
+
+@dataclass(frozen=True)
+class Fate:
+    """What cleaning does with one checkpoint, and why."""
+
+    name: str
+    goes: bool
+    why: tuple[str, ...]
+    nbytes: int
+
+
+def policy_of(keep: job.Keep) -> Keep:
+    """What a job file says under `checkpoint.keep`, as the policy takes it."""
+    best = keep.best
+    return Keep(
+        last=keep.last,
+        best_metric=None if best is None else best.metric,
+        best_mode="min" if best is None else best.mode,
+        best_count=1 if best is None else best.count,
+        every_epochs=None if keep.every is None else keep.every.epochs,
+    )
+
+
+def reasons(
+    moments: Sequence[Moment], keep: Keep, pinned: Collection[str], restored: str | None
+) -> dict[str, tuple[str, ...]]:
+    """Why each checkpoint stays; those that go are not among them.
+
+    Each rule is asked alone, of the policy itself, so this cannot tell another story than the
+    policy does. One of each scope that is newer than all stands in for what stays as the newest.
+    """
+    none = Keep(last=0)
+    later = [*moments, *_NEWER_THAN_ALL]
+    restored_from = () if restored is None else (restored,)
+    rules = {
+        "newest": superfluous(moments, none),
+        "last": superfluous(later, Keep(last=keep.last + 1)),
+        "best": superfluous(later, replace(keep, last=0, every_epochs=None)),
+        "milestone": superfluous(later, replace(keep, last=0, best_metric=None)),
+        "pinned": superfluous(later, none, pinned),
+        "restored from": superfluous(later, none, restored_from),
+    }
+    why: dict[str, tuple[str, ...]] = {}
+    for moment in moments:
+        found = tuple(rule for rule, going in rules.items() if moment not in going)
+        if found:
+            why[str(moment.name)] = found
+    return why
+
+
+def plan(run: KnownRun) -> list[Fate]:
+    """What cleaning would do with each checkpoint, newest first. Deletes nothing."""
+    manifests: dict[str, Manifest] = {}
+    remains: list[str] = []
+    for name in run.archive.names():
+        try:
+            manifests[str(name)] = run.archive.manifest(str(name))
+        except NotFound:
+            # Newer than every manifest, it may be an upload in progress.
+            remains += [str(name)] if manifests else []
+        except CheckpointCorrupt:
+            continue
+    moments = [manifest.moment for manifest in manifests.values()]
+    latest = run.ledger.latest()
+    restored = None if latest is None else latest.resumed_from
+    pinned, keep = pins(run.store, run.run_id), _keep(run)
+    protected = {*pinned, *([restored] if restored else [])}
+    going = {str(moment.name) for moment in superfluous(moments, keep, protected)}
+    why = reasons(moments, keep, pinned, restored)
+    fates = [
+        Fate(
+            name,
+            name in going,
+            ("no rule keeps it",) if name in going else why.get(name, ("kept",)),
+            manifest.nbytes,
+        )
+        for name, manifest in manifests.items()
+    ]
+    fates += [Fate(name, True, ("it has no manifest",), 0) for name in remains]
+    return sorted(fates, key=lambda fate: CheckpointName.parse(fate.name) or (), reverse=True)
+
+
+def clean(run: KnownRun, *, force: bool = False) -> list[Fate]:
+    """Delete what no rule keeps, and what unfinished saves of dead attempts have left.
+
+    UsageError if a supervisor may have the run, which cleans up by itself, unless `force` is given.
+    """
+    if not force:
+        _refuse_live(run)
+    fates = plan(run)
+    for fate in reversed(fates):
+        if fate.goes:
+            delete_checkpoint(run.store, run.ledger, fate.name)
+    latest = run.ledger.latest()
+
+    def is_stale(name: str) -> bool:
+        staged = CheckpointName.parse(name)
+        return staged is not None and latest is not None and staged.attempt < latest.attempt
+
+    with contextlib.suppress(NotFound):
+        run.store.sweep(f"{run.run_id}/checkpoints", is_stale)
+    return fates
+
+
+def pin(run: KnownRun, which: str) -> str:
+    """Keep a checkpoint whatever the policy says; its name. UnknownName if there is none."""
+    name = run.find_checkpoint(which).name
+    note = {"checkpoint": name, "pinned_at": utc_now()}
+    run.store.create(f"{run.run_id}/pins/{name}", json.dumps(note).encode())
+    return name
+
+
+def unpin(run: KnownRun, which: str) -> str:
+    """Leave a checkpoint to the policy again; its name. UnknownName if it is not pinned."""
+    pinned = pins(run.store, run.run_id)
+    name = which if which in pinned else run.find_checkpoint(which).name
+    if name not in pinned:
+        raise UnknownName(f"pinned checkpoint of run {run.run_id}", name, sorted(pinned))
+    run.store.delete([f"{run.run_id}/pins/{name}"])
+    return name
+
+
+def export(run: KnownRun, which: str, folder: Path) -> Manifest:
+    """Copy a checkpoint's files, each part verified, into a folder that is new or empty.
+
+    Those that are compressed come out plain, and the manifest there says so. All files appear at
+    once. CheckpointCorrupt if a part is not the one that was saved;
+    UsageError if something is in the way. Nothing is left behind then.
+    """
+    manifest = run.find_checkpoint(which)
+    folder = folder.expanduser().absolute()
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UsageError(f"{folder} is there already; name a new folder, or an empty one")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
+    partial.mkdir()
+    entries = {file.name: file for file in manifest.files}
+    prefix = f"{run.run_id}/checkpoints/{manifest.name}"
+    try:
+        with ThreadPoolExecutor(4, "export") as pool:
+            for file in manifest.files:
+                if file.frames is not None:
+                    entry = _unpack(run, manifest, file, partial / file.content_name)
+                    entries[file.name] = entry
+                    continue
+                with (partial / file.name).open("wb") as copy:
+                    parts = verified_parts(run.store, f"{prefix}/{file.name}", file, pool)
+                    for index, (part, sound) in enumerate(parts):
+                        if not sound:
+                            problem = f"part {index} of {file.name} is not the one saved"
+                            raise CheckpointCorrupt(manifest.name, problem)
+                        copy.write(part)
+        manifest = replace(manifest, files=tuple(entries.values()))
+        (partial / MANIFEST_FILE).write_bytes(manifest.to_json())
+        partial.replace(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return manifest
+
+
+def _unpack(run: KnownRun, manifest: Manifest, file: FileEntry, target: Path) -> FileEntry:
+    """Write the plain file that a compressed one holds; what a manifest says of it."""
+    with target.open("xb+") as copy:
+        os.posix_fallocate(copy.fileno(), 0, file.content_size)  # a full disk is told here
+        memory = memoryview(mmap.mmap(copy.fileno(), file.content_size))
+    run.archive.load_file(manifest, file, memory)
+    return plain_entry(target.name, memory)
+
+
+def _keep(run: KnownRun) -> Keep:
+    """The policy of the job as it was submitted last. UsageError where it cannot be known."""
+    document = run.ledger.run() or {}
+    try:
+        return policy_of(job.Keep.model_validate(document["job"]["checkpoint"]["keep"]))
+    except (KeyError, TypeError, ValidationError) as error:
+        raise UsageError(
+            f"run.json of run {run.run_id} does not say which checkpoints to keep; nothing is "
+            "deleted. Submit the run once with this version of runner"
+        ) from error
+
+
+def _refuse_live(run: KnownRun) -> None:
+    if run.is_live():
+        raise UsageError(
+            f"run {run.run_id} is live on this machine, and cleans up after every save; stop it "
+            "first, or say --force"
+        )
+    latest = run.ledger.latest()
+    if latest is not None and latest.outcome is None and latest.node != socket.gethostname():
+        raise UsageError(
+            f"run {run.run_id} may be live on {latest.node}: attempt {latest.attempt} has not "
+            "ended there; stop it first, or say --force if that node is gone"
+        )
