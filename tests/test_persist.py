@@ -20,7 +20,7 @@ from runner.checkpoint.manifest import FileEntry, Manifest
 from runner.checkpoint.persist import Persister
 from runner.checkpoint.retention import Keep
 from runner.checkpoint.weights import weights_alone
-from runner.errors import Abandoned, Fenced, UsageError
+from runner.errors import Abandoned, Fenced, StoreError, UsageError
 from runner.spool import RankSpool, Spool, Weights
 from runner.store import DirectoryStore
 
@@ -206,6 +206,33 @@ def test_the_record_of_a_killed_supervisor_gets_its_last_commit(store: Directory
 
 
 # ---------------------------------------------------------------- giving way, and being fenced
+
+
+def test_a_commit_whose_answer_was_lost_is_found_and_not_made_again(
+    store: DirectoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saver = persister(store)
+    stage = store.stage
+
+    def losing(prefix: str, owner: str) -> Any:
+        staging = stage(prefix, owner)
+        commit = staging.commit
+
+        def lose(name: str, manifest: bytes) -> None:
+            commit(name, manifest)
+            raise StoreError("the connection was reset")
+
+        monkeypatch.setattr(staging, "commit", lose)
+        return staging
+
+    monkeypatch.setattr(store, "stage", losing)
+    with pytest.raises(StoreError):
+        save(saver, 1, {})
+    [committed] = Archive(store, RUN).manifests()
+
+    again, _ = save(saver, 1, {})
+
+    assert again == committed
 
 
 def test_a_save_that_gives_way_leaves_nothing(store: DirectoryStore) -> None:

@@ -2,6 +2,7 @@
 
     python -m tests.bench.bench [--quick] [--json FILE | -o json] [--only NAME] [--patience SECONDS]
 
+With `S3_ENDPOINT` in the environment (`python -m tests.servers.ceph up` prints it), a bucket, too.
 Prints a table, or one JSON document with everything in it. Ends with 1 if what was measured was
 not right: if a run that was disturbed did not end in the very state of one that was not. A limit
 that was missed is printed, and no error: it may be the machine's fault.
@@ -20,7 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tests.bench import disturbing, saving, stalling, starting
+from tests.bench import disturbing, s3, saving, stalling, starting
 from tests.bench.figures import Check, Figure, as_table
 from tests.bench.place import Place
 from tests.bench.supervised import warm_up
@@ -51,6 +52,11 @@ def measurements(repetitions: int, starts: int) -> dict[str, Callable[[Place], M
     for size in SAVING_SIZES_MB:
         parts[f"save-{size:g}"] = of_size(saving.measure, size)
     parts["every-step"] = of_size(saving.measure_every_step, SAVING_SIZES_MB[-1])
+    if "S3_ENDPOINT" in os.environ:
+        parts["s3"] = lambda place: s3.measure(place, repetitions)
+        parts["s3-memory"] = lambda place: s3.measure_memory(place, 1)
+        parts["s3-emergency"] = of_size(s3.measure_emergency, SAVING_SIZES_MB[-1])
+        parts["s3-requests"] = lambda place: s3.measure_requests(place, repetitions)
     return parts
 
 

@@ -7,14 +7,13 @@ each ratio. Where it runs on this machine, its processor time is theirs too.
 from __future__ import annotations
 
 import base64
-import contextlib
 import mmap
 import os
 import secrets
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from hashlib import sha256
@@ -28,8 +27,11 @@ from runner.checkpoint.persist import Persister
 from runner.checkpoint.retention import Keep
 from runner.spool import open_slot
 from runner.store import Store, open_store
+from tests.bench.bucket import Bucket, bucket, options
 from tests.bench.figures import Check, Figure, Peer
 from tests.bench.place import REPOSITORY, Neighbours, Place, neighbours
+from tests.bench.supervised import Settings, SupervisedRun
+from tests.counting import counted_requests
 from tests.slots import snapshot
 
 MIB = 1 << 20
@@ -39,52 +41,6 @@ _LARGE_BYTES = 1024 * MIB
 _OLD_SAVES, _YOUNG_SAVES, _SAVES = 10_000, 10, 20
 
 Values = dict[str, list[float]]
-
-
-class Bucket:
-    """A fresh prefix, and boto3's own client for the same place."""
-
-    def __init__(self) -> None:
-        import boto3
-        from botocore.config import Config
-
-        self.name = os.environ.get("S3_BUCKET", "runner-bench")
-        self.prefix = f"bench-{secrets.token_hex(4)}"
-        # As it comes: what somebody who calls upload_file has.
-        self.client = boto3.client(
-            "s3",
-            endpoint_url=os.environ["S3_ENDPOINT"],
-            config=Config(s3={"addressing_style": "path"}, max_pool_connections=16),
-        )
-        with contextlib.suppress(self.client.exceptions.BucketAlreadyOwnedByYou):
-            self.client.create_bucket(Bucket=self.name)
-
-    @property
-    def url(self) -> str:
-        return f"s3://{self.name}/{self.prefix}"
-
-    def store(self) -> Store:
-        from runner.store.s3_options import S3Options
-
-        return open_store(
-            self.url, S3Options(endpoint=os.environ["S3_ENDPOINT"], addressing="path")
-        )
-
-    def remove(self) -> None:
-        pages = self.client.get_paginator("list_objects_v2")
-        for page in pages.paginate(Bucket=self.name, Prefix=self.prefix):
-            keys = [{"Key": item["Key"]} for item in page.get("Contents", ())]
-            if keys:
-                self.client.delete_objects(Bucket=self.name, Delete={"Objects": keys})
-
-
-@contextlib.contextmanager
-def bucket() -> Iterator[Bucket]:
-    made = Bucket()
-    try:
-        yield made
-    finally:
-        made.remove()
 
 
 def measure(place: Place, repetitions: int) -> tuple[list[Figure], list[Check]]:
@@ -184,9 +140,7 @@ def measure_memory(place: Place, repetitions: int) -> tuple[list[Figure], list[C
 
 def upload_and_look(path: Path, url: str, run_id: str) -> float:
     """Upload a file as a supervisor does; megabytes of its own that the process grew by."""
-    from runner.store.s3_options import S3Options
-
-    store = open_store(url, S3Options(endpoint=os.environ["S3_ENDPOINT"], addressing="path"))
+    store = open_store(url, options())
     saver = _persister(store, run_id)
     saver.persist(snapshot(save=1).moment, {"state.json": memoryview(b"{}")})
     before, highest = _own_megabytes(), [0.0]
@@ -261,24 +215,6 @@ def _save(saver: Persister, number: int, files: dict[str, memoryview]) -> None:
     saver.retain()
 
 
-@contextlib.contextmanager
-def counted_requests() -> Iterator[list[int]]:
-    """How many requests this process sends meanwhile, whoever makes them."""
-    from botocore.httpsession import URLLib3Session
-
-    count, send = [0], URLLib3Session.send
-
-    def counting(session: Any, request: Any) -> Any:
-        count[0] += 1
-        return send(session, request)
-
-    URLLib3Session.send = counting
-    try:
-        yield count
-    finally:
-        URLLib3Session.send = send
-
-
 # ---------------------------------------------------------------------------- an emergency
 
 
@@ -286,19 +222,17 @@ def measure_emergency(
     place: Place, megabytes: float, repetitions: int
 ) -> tuple[list[Figure], list[Check]]:
     """SIGTERM until durable in the bucket, beside the bare upload of as many bytes."""
-    from tests.bench.supervised import Settings, SupervisedRun
-
     recorded, bare = [], []
     others = Neighbours()
     with bucket() as there:
-        run = SupervisedRun(place, "emergency", Settings(megabytes), store=there.url)
+        run = SupervisedRun(place, "emergency", Settings(megabytes), there)
         path = None
         try:
             for number in range(repetitions):
                 with neighbours(others):
                     run.start()
                     run.wait_for_steps(4, attempt=number + 1)
-                    run.preempt()
+                    run.end()
                     notice = run.record(number + 1).notice_to_durable_seconds
                     if notice is not None:
                         recorded.append(notice)

@@ -19,7 +19,8 @@ from typing import Any
 from runner.checkpoint.archive import Archive
 from runner.checkpoint.attempts import AttemptRecord, Ledger
 from runner.checkpoint.manifest import Manifest
-from runner.store import open_store
+from runner.store import Store, open_store
+from tests.bench.bucket import Bucket
 from tests.bench.place import REPOSITORY, Place
 from tests.waiting import wait_until
 
@@ -42,8 +43,10 @@ class Settings:
 class SupervisedRun:
     """A run of `trainer` with a store of its own in a place."""
 
-    def __init__(self, place: Place, run_id: str, settings: Settings) -> None:
-        self._place, self.run_id = place, run_id
+    def __init__(
+        self, place: Place, run_id: str, settings: Settings, bucket: Bucket | None = None
+    ) -> None:
+        self._place, self.run_id, self._bucket = place, run_id, bucket
         self._settings, self.megabytes = settings, settings.megabytes
         self._diary = place.memory / f"{run_id}.diary"
         self._finish = place.memory / f"{run_id}.finish"
@@ -67,7 +70,7 @@ class SupervisedRun:
                 "diary": str(self._diary),
                 "finish": str(self._finish),
             },
-            "store": str(self._place.store),
+            **self._where,
             "checkpoint": {
                 "every": {"minutes": 600} if every is None else {"steps": every},
                 "snapshot_every": "auto" if snapshot_every is None else {"steps": snapshot_every},
@@ -75,6 +78,18 @@ class SupervisedRun:
             "preemption": {"grace": "120s"},
             "restart": {"backoff": {"initial": "1ms", "max": "1ms"}},
         }
+
+    @property
+    def _where(self) -> dict[str, Any]:
+        if self._bucket is None:
+            return {"store": str(self._place.store)}
+        return {"store": self._bucket.url, "s3": self._bucket.section}
+
+    @property
+    def _store(self) -> Store:
+        if self._bucket is None:
+            return open_store(str(self._place.store))
+        return self._bucket.store()
 
     # ------------------------------------------------------------------ from outside
 
@@ -107,12 +122,17 @@ class SupervisedRun:
 
         The time of the rename is asked for afterwards: nothing looks while it is measured.
         """
-        wall, sent = time.time(), time.monotonic()
+        wall, exited = time.time(), self.end()
+        return self.checkpoint_path(self.newest()).stat().st_ctime - wall, exited
+
+    def end(self) -> float:
+        """SIGTERM; seconds until the exit with 75."""
+        sent = time.monotonic()
         self._running.send_signal(signal.SIGTERM)
         code = self._running.wait(_PATIENCE_SECONDS)
         exited = time.monotonic() - sent
         self._expect(code == 75, f"exit code {code} instead of 75")
-        return self.checkpoint_path(self.newest()).stat().st_ctime - wall, exited
+        return exited
 
     def kill_trainer(self) -> float:
         """SIGKILL to the trainer alone; the moment just before."""
@@ -177,12 +197,12 @@ class SupervisedRun:
 
     def record(self, attempt: int) -> AttemptRecord:
         """What the supervisor wrote down about an attempt."""
-        records = Ledger(open_store(str(self._place.store)), self.run_id, "").records()
+        records = Ledger(self._store, self.run_id, "").records()
         return next(record for record in records if record.attempt == attempt)
 
     @property
     def archive(self) -> Archive:
-        return Archive(open_store(str(self._place.store)), self.run_id)
+        return Archive(self._store, self.run_id)
 
     def newest(self) -> Manifest:
         return next(iter(self.archive.manifests()))

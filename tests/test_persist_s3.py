@@ -1,0 +1,115 @@
+"""What a save costs in a bucket, and that what was saved there can be had back."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from counting import counted_requests
+from slots import RUN, snapshot, views
+
+from runner.checkpoint.archive import Archive
+from runner.checkpoint.attempts import Ledger
+from runner.checkpoint.manifest import Manifest
+from runner.checkpoint.persist import Persister
+from runner.checkpoint.restore import load_newest
+from runner.checkpoint.retention import Keep
+from runner.store import Store
+
+pytestmark = pytest.mark.ceph
+
+MOST_REQUESTS = 10
+MIB = 1 << 20
+
+
+@pytest.fixture
+def store(open_s3: Callable[..., Store]) -> Store:
+    return open_s3()
+
+
+def persister(store: Store, keep: Keep | None = None, owner: str = "a" * 16) -> Persister:
+    ledger = Ledger(store, RUN, owner)
+    ledger.claim("node")
+    return Persister(store, ledger, keep or Keep(last=3))
+
+
+def save(saver: Persister, number: int, files: dict[str, bytes]) -> Manifest:
+    moment = replace(snapshot(save=number).moment, step=number)
+    manifest = saver.persist(moment, views(files))
+    saver.ledger.committed(manifest.name, manifest.moment.step)
+    saver.retain()
+    return manifest
+
+
+def small(number: int) -> dict[str, bytes]:
+    names = ("model.safetensors", "optimizer.safetensors", "state.json")
+    return {name: b"%d of %s" % (number, name.encode()) for name in names}
+
+
+def test_a_save_of_three_small_files_takes_ten_requests_and_no_more_later(store: Store) -> None:
+    saver = persister(store)
+    counts = []
+    for number in range(1, 31):
+        with counted_requests() as count:
+            save(saver, number, small(number))
+        counts.append(count[0])
+
+    assert max(counts[9:]) == counts[9] <= MOST_REQUESTS
+    assert len(Archive(store, RUN).names()) == 3
+
+
+def test_the_newest_is_found_with_two_requests(store: Store) -> None:
+    saver = persister(store)
+    for number in range(1, 4):
+        manifest = save(saver, number, small(number))
+
+    with counted_requests() as count:
+        assert Archive(store, RUN).newest() == manifest
+    assert count[0] == 2
+
+
+def test_what_was_saved_comes_back_and_verifies_without_moving_a_byte(store: Store) -> None:
+    files = {"model.safetensors": secrets.token_bytes(33 * MIB), "state.json": b"{}"}
+    manifest = save(persister(store), 1, files)
+    archive, memory = Archive(store, RUN), bytearray()
+
+    def allocate(nbytes: int) -> memoryview:
+        memory.extend(bytes(nbytes))
+        return memoryview(memory)
+
+    for file in manifest.files:
+        stored = store.stored(f"{RUN}/checkpoints/{manifest.name}/{file.name}")
+        assert (stored.size, stored.digest) == (file.size, file.digest)
+    loaded = load_newest(archive, Ledger(store, RUN, ""), allocate)
+    assert loaded is not None
+    for image in loaded.layout.images:
+        assert memory[image.offset : image.offset + image.size] == files[image.name]
+
+
+def test_a_file_that_has_not_changed_is_copied_on_the_server(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saver = persister(store)
+    frozen = secrets.token_bytes(33 * MIB)
+    first = save(saver, 1, {"frozen.safetensors": frozen, "state.json": b"{}"})
+    sent: list[int] = []
+
+    from botocore.httpsession import URLLib3Session
+
+    send = URLLib3Session.send
+
+    def weighing(session: Any, request: Any) -> Any:
+        sent.append(int(request.headers.get("Content-Length", 0)))
+        return send(session, request)
+
+    monkeypatch.setattr(URLLib3Session, "send", weighing)
+    second = save(saver, 2, {"frozen.safetensors": frozen, "state.json": b"{}"})
+
+    assert sum(sent) < MIB
+    assert [file.digest for file in second.files] == [file.digest for file in first.files]
+    key = f"{RUN}/checkpoints/{second.name}/frozen.safetensors"
+    assert store.stored(key).digest == second.files[0].digest
+    Archive(store, RUN).verify(second)
