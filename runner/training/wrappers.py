@@ -90,7 +90,7 @@ def _is_counted_from_outside() -> bool:
     return any(
         isinstance(inner, GeneratorType) and id(inner.gi_frame) in running
         for wrapper in gc.get_objects()
-        if isinstance(wrapper, _COUNTING)
+        if issubclass(type(wrapper), _COUNTING)
         for inner in gc.get_referents(wrapper)
     )
 

@@ -18,13 +18,14 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from waiting import wait_until
 
 SUITE = "forky"  # Ceph 20: it verifies SHA-256 checksums, and conditional writes are atomic
 PORT, TLS_PORT, STS_PORT, MONITOR_PORT = 7580, 7543, 7581, 13400
@@ -345,11 +346,7 @@ def _answers(port: int) -> bool:
 
 
 def _wait(predicate: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while not predicate():
-        if time.monotonic() > deadline:
-            raise RuntimeError(f"waited {START_SECONDS:g} s for {what}")
-        time.sleep(0.1)
+    wait_until(predicate, START_SECONDS, what)
 
 
 if __name__ == "__main__":
