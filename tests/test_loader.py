@@ -43,6 +43,7 @@ from torch.utils.data import (
 )
 
 from runner.errors import PositionError, RestoreError, UsageError
+from runner.training import wrappers
 from runner.training.loader import Pass, Stream
 from runner.training.order import index_checksum
 from runner.training.rng import capture_rng, derive_seed, restore_rng, same_state, seed_process
@@ -1169,3 +1170,20 @@ def test_a_checksum_goes_by_value_and_not_by_address() -> None:
 def test_a_checksum_is_the_same_in_every_version() -> None:
     # Written down: a pass that was saved by an earlier version must find its place again.
     assert index_checksum([3, 1, 2], index_checksum(("a", 2.5))) == 2781903726
+
+
+def test_looking_for_what_counts_from_outside_asks_no_object_for_its_class() -> None:
+    """Some warn when they are asked, such as `torch.distributed.reduce_op`."""
+
+    class Touchy:
+        @property
+        def __class__(self) -> type:  # type: ignore[override]
+            asked.append(True)
+            return Touchy
+
+    asked: list[bool] = []
+    touchy = Touchy()
+
+    assert not wrappers._is_counted_from_outside()
+    assert asked == []
+    assert isinstance(touchy, Touchy)
