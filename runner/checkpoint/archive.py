@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 
 from runner.checkpoint import format as fmt
 from runner.checkpoint.attempts import utc_now
+from runner.checkpoint.compression import Decompression
 from runner.checkpoint.format import CheckpointName, FileImage
 from runner.checkpoint.latest import read_latest
 from runner.checkpoint.manifest import FileEntry, Manifest
@@ -124,7 +126,7 @@ class Archive:
                 raise CheckpointCorrupt(
                     manifest.name, f"{file.name} has {size} bytes instead of {file.size}"
                 )
-            image = FileImage(file.name, fmt.next_image_offset(end), file.size)
+            image = FileImage(file.content_name, fmt.next_image_offset(end), file.content_size)
             images.append(image)
             end = image.offset + image.size
         return Layout(tuple(images), end)
@@ -132,22 +134,54 @@ class Archive:
     def load_into(self, manifest: Manifest, layout: Layout, memory: memoryview) -> None:
         """Read every file to its place, each part verified. CheckpointCorrupt names a bad part."""
         where = {image.name: image for image in layout.images}
+        images = [(file, where[file.content_name]) for file in manifest.files]
+        self._load(manifest, [(file, memory[i.offset : i.offset + i.size]) for file, i in images])
 
-        def load(file: FileEntry, index: int) -> None:
-            begin = index * file.part_bytes
-            end = min(file.size, begin + file.part_bytes)
-            offset = where[file.name].offset
-            part = memory[offset + begin : offset + end]
-            self.store.fetch(self._key(manifest, file), begin, part)
-            if sha256(part).hexdigest() != file.parts[index]:
-                raise CheckpointCorrupt(
-                    manifest.name, f"bytes {begin} to {end} of {file.name} are not those saved"
-                )
+    def load_file(self, manifest: Manifest, file: FileEntry, memory: memoryview) -> None:
+        """The same for one file, into memory of the size of its content."""
+        self._load(manifest, [(file, memory)])
 
+    def _load(self, manifest: Manifest, places: Sequence[tuple[FileEntry, memoryview]]) -> None:
+        loads: list[Callable[[], None]] = []
+        for file, place in places:
+            frames = file.frames
+            packed = None if frames is None else Decompression(file, frames, place)
+            for index in range(len(file.parts)):
+                if packed is None:
+                    begin = index * file.part_bytes
+                    part = place[begin : begin + file.part_bytes]
+                    loads.append(partial(self._load_part, manifest, file, index, part))
+                else:
+                    loads.append(partial(self._unpack_part, manifest, file, index, packed))
         with ThreadPoolExecutor(_HASHING_THREADS, "verify") as pool:
-            parts = [(file, i) for file in manifest.files for i in range(len(file.parts))]
-            for future in [pool.submit(load, *part) for part in parts]:
-                future.result()
+            futures = [pool.submit(load) for load in loads]
+            try:
+                for future in futures:
+                    future.result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    def _load_part(self, manifest: Manifest, file: FileEntry, index: int, part: memoryview) -> None:
+        begin = index * file.part_bytes
+        self.store.fetch(self._key(manifest, file), begin, part)
+        if sha256(part).hexdigest() != file.parts[index]:
+            raise CheckpointCorrupt(
+                manifest.name,
+                f"bytes {begin} to {begin + len(part)} of {file.name} are not those saved",
+            )
+
+    def _unpack_part(
+        self, manifest: Manifest, file: FileEntry, index: int, packed: Decompression
+    ) -> None:
+        """One part at a time is in memory on each thread; what it holds goes where it belongs."""
+        begin = index * file.part_bytes
+        part = memoryview(bytearray(min(file.part_bytes, file.size - begin)))
+        self._load_part(manifest, file, index, part)
+        try:
+            packed.take(index, part)
+        except ValueError as error:
+            raise CheckpointCorrupt(manifest.name, str(error)) from error
 
     def verify(self, manifest: Manifest) -> None:
         """Read everything and compare with the manifest, in the memory of one part at a time."""

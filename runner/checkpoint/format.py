@@ -23,6 +23,7 @@ from runner.errors import CheckpointInvalid
 STATE_FILE = "state.json"
 MANIFEST_FILE = "manifest.json"
 TENSOR_SUFFIX = ".safetensors"
+COMPRESSED_SUFFIX = ".safetensors.zst"
 
 MEBIBYTE = 1 << 20
 MAX_JSON_BYTES = 256 * MEBIBYTE
@@ -31,6 +32,7 @@ MAX_FILES = 10_000
 _HEADER_ALIGNMENT = 64
 _IMAGE_ALIGNMENT = 4096
 _MIN_PART_BYTES = 16 * MEBIBYTE
+_MIN_COMPRESSED_PART_BYTES = 8 * MEBIBYTE
 _MAX_PARTS = 10_000  # of one S3 multipart upload
 
 ITEM_BYTES = {
@@ -77,6 +79,25 @@ def part_bytes_for(size: int) -> int:
     """Bytes of a part, so that a file of `size` bytes has at most 10,000 parts."""
     needed = -(-size // _MAX_PARTS)
     return max(_MIN_PART_BYTES, -(-needed // MEBIBYTE) * MEBIBYTE)
+
+
+def compressed_name(name: str) -> str:
+    """Under which name a tensor file is stored when it is compressed."""
+    return name.removesuffix(TENSOR_SUFFIX) + COMPRESSED_SUFFIX
+
+
+def plain_name(name: str) -> str:
+    """The name of the tensor file that a compressed one holds."""
+    return name.removesuffix(COMPRESSED_SUFFIX) + TENSOR_SUFFIX
+
+
+def compressed_part_bytes_for(size: int) -> int:
+    """The same for a file of `size` bytes that is compressed on its way, which may gain nothing.
+
+    These parts are no views of a slot but take memory, so they are shorter.
+    """
+    needed = -(-(size + size // 1000) // _MAX_PARTS)
+    return max(_MIN_COMPRESSED_PART_BYTES, -(-needed // MEBIBYTE) * MEBIBYTE)
 
 
 def file_digest(part_digests: Sequence[bytes]) -> str:

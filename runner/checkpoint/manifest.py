@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from runner.checkpoint import format as fmt
+from runner.checkpoint.frames import Frames
 from runner.errors import CheckpointInvalid
 
 VERSION = 1
@@ -25,13 +26,43 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class FileEntry:
-    """One file: size in bytes, bytes of a part, SHA-256 of each part, and the file's digest."""
+    """One file: size in bytes, bytes of a part, SHA-256 of each part, and the file's digest.
+
+    All of the bytes as they are stored. `frames` says what they hold if the file is compressed.
+    """
 
     name: str
     size: int
     part_bytes: int
     parts: tuple[str, ...]
     digest: str
+    frames: Frames | None = None
+
+    @property
+    def content_name(self) -> str:
+        """The name of the file that the trainer sees."""
+        return self.name if self.frames is None else fmt.plain_name(self.name)
+
+    @property
+    def content_size(self) -> int:
+        """Bytes of the file that the trainer sees."""
+        return self.size if self.frames is None else self.frames.size
+
+    @property
+    def cut(self) -> tuple[int, tuple[str, ...]]:
+        """Bytes of the stretches of its content that have a SHA-256 each, and those."""
+        if self.frames is None:
+            return self.part_bytes, self.parts
+        return self.frames.chunk_bytes, self.frames.digests
+
+
+def plain_entry(name: str, content: memoryview) -> FileEntry:
+    """What a manifest says of a file with this content."""
+    part_bytes = fmt.part_bytes_for(len(content))
+    starts = range(0, max(1, len(content)), part_bytes)
+    parts = [hashlib.sha256(content[at : at + part_bytes]).digest() for at in starts]
+    hexed = tuple(part.hex() for part in parts)
+    return FileEntry(name, len(content), part_bytes, hexed, fmt.file_digest(parts))
 
 
 @dataclass(frozen=True)
@@ -78,14 +109,20 @@ class Manifest:
 
     @property
     def nbytes(self) -> int:
+        """Bytes in the store."""
         return sum(file.size for file in self.files)
+
+    @property
+    def content_nbytes(self) -> int:
+        """Bytes of the state that it holds."""
+        return sum(file.content_size for file in self.files)
 
     def to_json(self) -> bytes:
         document = {
             "format": VERSION,
             "run_id": self.run_id,
             **moment_to_json(self.moment),
-            "files": [asdict(file) for file in self.files],
+            "files": [_file_to_json(file) for file in self.files],
             "provenance": self.provenance,
         }
         document["digest"] = _digest(document)
@@ -109,7 +146,7 @@ class Manifest:
                 files=tuple(_file_from_json(entry) for entry in document["files"]),
                 provenance=_object(document, "provenance"),
             )
-            names = [file.name for file in manifest.files]
+            names = [file.content_name for file in manifest.files]
             if len(set(names)) != len(names) or fmt.STATE_FILE not in names:
                 raise ValueError(f"its files are not {fmt.STATE_FILE} and others, once each")
             if manifest.name != name:
@@ -163,6 +200,14 @@ def moment_from_json(document: Mapping[str, Any]) -> Moment:
     )
 
 
+def _file_to_json(file: FileEntry) -> dict[str, Any]:
+    """A file that is not compressed has no word of frames."""
+    entry = asdict(file)
+    if file.frames is None:
+        del entry["frames"]
+    return entry
+
+
 def _file_from_json(entry: Mapping[str, Any]) -> FileEntry:
     name, size, part_bytes = entry["name"], _count(entry, "size"), _count(entry, "part_bytes")
     if not fmt.is_file_name(name):
@@ -175,7 +220,25 @@ def _file_from_json(entry: Mapping[str, Any]) -> FileEntry:
     digest = fmt.file_digest([bytes.fromhex(part) for part in parts])
     if entry["digest"] != digest:
         raise ValueError(f"the digest of {name} is not that of its parts")
-    return FileEntry(name, size, part_bytes, parts, digest)
+    frames = _frames_from_json(entry["frames"]) if "frames" in entry else None
+    if (frames is not None) != name.endswith(fmt.COMPRESSED_SUFFIX):
+        raise ValueError(f"{name} is compressed by its name or by its frames, but not by both")
+    if frames is not None and (problem := frames.problem(size, part_bytes)):
+        raise ValueError(f"{name} has {problem}")
+    return FileEntry(name, size, part_bytes, parts, digest, frames)
+
+
+def _frames_from_json(entry: Mapping[str, Any]) -> Frames:
+    lengths, digests = entry["lengths"], entry["digests"]
+    if not isinstance(lengths, list) or not all(type(n) is int and n > 0 for n in lengths):
+        raise ValueError("the lengths of frames are not all whole numbers")
+    if not isinstance(digests, list) or not all(
+        isinstance(digest, str) and _SHA256.fullmatch(digest) for digest in digests
+    ):
+        raise ValueError("the digests of chunks are not all SHA-256")
+    return Frames(
+        _count(entry, "size"), _count(entry, "chunk_bytes"), tuple(lengths), tuple(digests)
+    )
 
 
 def _count(document: Mapping[str, Any], key: str) -> int:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import zip_longest
@@ -12,6 +14,8 @@ from typing import Any, NamedTuple
 from runner.checkpoint import format as fmt
 from runner.checkpoint.archive import Archive
 from runner.checkpoint.attempts import Ledger
+from runner.checkpoint.compression import CompressedFile, Compressor, Rates
+from runner.checkpoint.frames import chunk_bytes_for
 from runner.checkpoint.manifest import FileEntry, Manifest, Moment
 from runner.checkpoint.retention import Keep, delete_checkpoint, pins, superfluous
 from runner.errors import Abandoned, CheckpointCorrupt, NotFound, StoreError
@@ -19,6 +23,7 @@ from runner.store import Content, Part, Staging, Store
 
 log = logging.getLogger(__name__)
 
+_EMERGENCIES = frozenset(("preemption", "interrupt"))
 _LARGE_BYTES = 64 * fmt.MEBIBYTE
 _WORTH_COPYING_BYTES = fmt.MEBIBYTE
 
@@ -37,15 +42,20 @@ class Persister:
     Nobody else commits there, so it looks once which checkpoints there are and knows from then on:
     a save of an old run costs no more requests than one of a young run. `provenance` is asked at
     each save, because it is collected while the first step runs.
+
+    With `compresses`, files with tensors are stored compressed; in an emergency (a preemption,
+    an interrupt) only if it is known that the save ends sooner then.
     """
 
     store: Store
     ledger: Ledger
     keep: Keep
     provenance: Callable[[], Mapping[str, Any]] = dict
+    compresses: bool = False
 
     def __post_init__(self) -> None:
         self._known: dict[str, Manifest] | None = None
+        self._rates = Rates()
 
     def look_again(self) -> None:
         """Forget which checkpoints there are: something else may have changed that."""
@@ -77,7 +87,11 @@ class Persister:
         prefix = f"{self.ledger.run_id}/checkpoints/{moment.name}"
         staging = self.store.stage(prefix, self.ledger.owner)
         try:
-            entries = self._store_files(staging, moment, files, gives_way)
+            is_urgent = not _EMERGENCIES.isdisjoint(moment.triggers)
+            compresses = self.compresses and (not is_urgent or self._rates.compressing_ends_sooner)
+            with ExitStack() as stack:
+                compressor = stack.enter_context(Compressor()) if compresses else None
+                entries = self._store_files(staging, moment, files, gives_way, compressor)
             facts = {**self.provenance(), **(provenance or {})}
             manifest = Manifest(self.ledger.run_id, moment, entries, facts)
             self.ledger.check_fence()
@@ -95,6 +109,7 @@ class Persister:
         moment: Moment,
         files: Mapping[str, memoryview],
         gives_way: Callable[[], bool],
+        compressor: Compressor | None,
     ) -> tuple[FileEntry, ...]:
         """Copy what is unchanged, write the rest, all in one go."""
 
@@ -103,42 +118,65 @@ class Persister:
                 raise Abandoned(f"saving {moment.name} gives way to a newer state")
 
         entries: dict[str, FileEntry] = {}
-        changed: list[Content] = []
+        changed: dict[str, _PlainFile | CompressedFile] = {}
         for name, memory in files.items():
-            twin, digests = self._twin(name, memory, go_on)
-            if twin is not None and _is_copied(staging, twin, name, digests):
-                entries[name] = _entry(name, len(memory), twin.entry.part_bytes, digests)
+            packs = compressor is not None and len(memory) > 0 and _can_be_compressed(name)
+            twin, digests = self._twin(name, memory, go_on, packs=packs)
+            if twin is not None and _is_copied(staging, twin):
+                entries[name] = twin.entry
+            elif compressor is not None and packs:
+                changed[name] = CompressedFile(name, memory, digests, compressor, go_on)
             else:
-                changed.append(_content(name, memory, digests, go_on))
-        for content, parts in zip(changed, staging.write(changed), strict=True):
-            size = len(files[content.name])
-            entries[content.name] = _entry(content.name, size, content.part_bytes, parts)
+                changed[name] = _PlainFile(name, memory, digests, go_on)
+        begun = time.perf_counter()
+        written = staging.write([file.content for file in changed.values()])
+        seconds = time.perf_counter() - begun
+        for (name, file), parts in zip(changed.items(), written, strict=True):
+            entries[name] = file.entry(parts)
+        self._measure([entries[name] for name in changed], seconds, compressor)
         return tuple(entries[name] for name in files)
 
+    def _measure(
+        self, written: Sequence[FileEntry], seconds: float, compressor: Compressor | None
+    ) -> None:
+        """Learn from a save how fast the store is, and how fast the compression."""
+        waited = 0.0 if compressor is None else compressor.waited_seconds
+        self._rates.stored(sum(file.size for file in written), seconds - waited)
+        if compressor is not None:
+            packed = [file for file in written if file.frames is not None]
+            sizes = sum(file.content_size for file in packed), sum(file.size for file in packed)
+            self._rates.compressed(*sizes, compressor.seconds)
+
     def _twin(
-        self, name: str, memory: memoryview, go_on: Callable[[], None]
+        self, name: str, memory: memoryview, go_on: Callable[[], None], *, packs: bool
     ) -> tuple[_Twin | None, list[bytes]]:
         """The newest stored file of this name, if it has this content; the digests on the way.
 
-        What has changed shows in its first part, mostly, and is then not read further.
+        What has changed shows in its first part, mostly, and is then not read further. It must be
+        stored the way that is wanted: compressed (`packs`) or plain. In haste either will do. The
+        digests are those of the parts, or the chunks, in which it would be written now.
         """
-        part_bytes = fmt.part_bytes_for(len(memory))
         if len(memory) < _WORTH_COPYING_BYTES:
             return None, []
         for manifest in sorted(self._all_known().values(), key=_age, reverse=True):
-            entry = next((file for file in manifest.files if file.name == name), None)
+            entry = next((file for file in manifest.files if file.content_name == name), None)
             if entry is None:
                 continue
+            is_packed = entry.frames is not None
+            is_hasty = self.compresses and not packs and _can_be_compressed(name)
+            if entry.content_size != len(memory) or not (is_packed == packs or is_hasty):
+                return None, []
+            cut_bytes, cut_digests = entry.cut
+            if is_packed == packs and cut_bytes != _cut_bytes_for(len(memory), packs=packs):
+                return None, []
             digests: list[bytes] = []
-            if (entry.size, entry.part_bytes) != (len(memory), part_bytes):
-                return None, digests
-            for at, known in zip(_starts(len(memory), part_bytes), entry.parts, strict=True):
+            for at, known in zip(_starts(len(memory), cut_bytes), cut_digests, strict=True):
                 go_on()
-                digests.append(sha256(memory[at : at + part_bytes]).digest())
+                digests.append(sha256(memory[at : at + cut_bytes]).digest())
                 if digests[-1].hex() != known:
-                    return None, digests
+                    return None, digests if is_packed == packs else []
             prefix = f"{self.ledger.run_id}/checkpoints/{manifest.name}"
-            return _Twin(f"{prefix}/{name}", entry), digests
+            return _Twin(f"{prefix}/{entry.name}", entry), digests if is_packed == packs else []
         return None, []
 
     def _all_known(self) -> dict[str, Manifest]:
@@ -202,36 +240,50 @@ class Persister:
         return False
 
 
-def _is_copied(staging: Staging, twin: _Twin, name: str, digests: Sequence[bytes]) -> bool:
+class _PlainFile:
+    """A file as it lies in the slot, in parts, the first of which may be hashed already."""
+
+    def __init__(
+        self, name: str, memory: memoryview, digests: Sequence[bytes], go_on: Callable[[], None]
+    ) -> None:
+        part_bytes = fmt.part_bytes_for(len(memory))
+
+        def parts() -> Iterator[Part]:
+            for at, digest in zip_longest(_starts(len(memory), part_bytes), digests):
+                go_on()
+                yield Part(memory[at : at + part_bytes], digest)
+
+        self._size = len(memory)
+        self.content = Content(name, part_bytes, parts())
+
+    def entry(self, parts: Sequence[bytes]) -> FileEntry:
+        """What the manifest says of it, when the store has taken it."""
+        hexed = tuple(part.hex() for part in parts)
+        name, part_bytes = self.content.name, self.content.part_bytes
+        return FileEntry(name, self._size, part_bytes, hexed, fmt.file_digest(parts))
+
+
+def _is_copied(staging: Staging, twin: _Twin) -> bool:
     """Copy a file in the store; False if it has to be written after all."""
+    entry = twin.entry
     try:
-        staging.copy(name, twin.key, twin.entry.part_bytes, digests)
+        staging.copy(entry.name, twin.key, entry.part_bytes, [*map(bytes.fromhex, entry.parts)])
     except NotFound:  # somebody has deleted it
         return False
     return True
 
 
-def _content(
-    name: str, memory: memoryview, digests: Sequence[bytes], go_on: Callable[[], None]
-) -> Content:
-    """A file as it lies in the slot, in parts, the first of which may be hashed already."""
-    part_bytes = fmt.part_bytes_for(len(memory))
+def _can_be_compressed(name: str) -> bool:
+    """Whether it holds tensors, and its other name is one that a manifest may have."""
+    return name.endswith(fmt.TENSOR_SUFFIX) and fmt.is_file_name(fmt.compressed_name(name))
 
-    def parts() -> Iterator[Part]:
-        for at, digest in zip_longest(_starts(len(memory), part_bytes), digests):
-            go_on()
-            yield Part(memory[at : at + part_bytes], digest)
 
-    return Content(name, part_bytes, parts())
+def _cut_bytes_for(size: int, *, packs: bool) -> int:
+    return chunk_bytes_for(size) if packs else fmt.part_bytes_for(size)
 
 
 def _starts(size: int, part_bytes: int) -> range:
     return range(0, max(1, size), part_bytes)
-
-
-def _entry(name: str, size: int, part_bytes: int, digests: Sequence[bytes]) -> FileEntry:
-    hexed = tuple(digest.hex() for digest in digests)
-    return FileEntry(name, size, part_bytes, hexed, fmt.file_digest(digests))
 
 
 def _age(manifest: Manifest) -> fmt.CheckpointName:
