@@ -34,6 +34,7 @@ class CountingStore:
     def __init__(self, store: DirectoryStore) -> None:
         self._store, self.url = store, store.url
         self.calls: Counter[str] = Counter()
+        self.fetches_at_once = store.fetches_at_once
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(self._store, name)

@@ -26,7 +26,6 @@ from runner.errors import CheckpointCorrupt, CheckpointInvalid, NotFound, StoreE
 from runner.store import Store
 
 _MAX_MANIFEST_BYTES = 64 * fmt.MEBIBYTE
-_HASHING_THREADS = 2
 
 
 @dataclass(frozen=True)
@@ -153,7 +152,7 @@ class Archive:
                     loads.append(partial(self._load_part, manifest, file, index, part))
                 else:
                     loads.append(partial(self._unpack_part, manifest, file, index, packed))
-        with ThreadPoolExecutor(_HASHING_THREADS, "verify") as pool:
+        with ThreadPoolExecutor(self.store.fetches_at_once, "verify") as pool:
             futures = [pool.submit(load) for load in loads]
             try:
                 for future in futures:

@@ -72,6 +72,8 @@ class Store(Protocol):
     """
 
     url: str
+    fetches_at_once: int
+    """How many calls of `fetch` side by side it takes to have all of its speed."""
 
     def read(self, key: str, limit: int) -> bytes:
         """The object. NotFound if there is none; StoreError if it is larger than `limit` bytes."""

@@ -32,6 +32,8 @@ _LEAST_DIRECT_BYTES = 1 << 20
 class DirectoryStore:
     """A `Store` in a directory of a local or network file system."""
 
+    fetches_at_once = 2
+
     def __init__(self, root: Path) -> None:
         self.root = root
         self.url = str(root)

@@ -32,6 +32,8 @@ _DELETED_AT_ONCE = 1000
 class S3Store:
     """A `Store` below a prefix of a bucket. Making one sends no request."""
 
+    fetches_at_once = 8  # measured: 590 MiB/s of 16 MiB ranges, with 2 at once 370
+
     def __init__(self, url: str, options: S3Options = S3Options()) -> None:  # noqa: B008 - frozen
         self._bucket = Bucket(url, options)
         self._lanes = Lanes()

@@ -107,7 +107,9 @@ class _Run:
     def _lane(self) -> None:
         try:
             while (job := self._next()) is not None:
-                self._note(job())
+                nbytes = job()
+                del job  # and with it the part, which may have memory of its own
+                self._note(nbytes)
         except BaseException as error:  # noqa: BLE001 - raised where the end of all is awaited
             with self._changed:
                 first = self._error is None
