@@ -38,8 +38,9 @@ class Figure:
 
     @property
     def ratio(self) -> float | None:
-        """How many times the peer it takes."""
-        return None if self.peer is None else self.median / statistics.median(self.peer.values)
+        """How many times the peer it takes; None where there is nothing to compare with."""
+        peer = 0.0 if self.peer is None else statistics.median(self.peer.values)
+        return self.median / peer if peer else None
 
     @property
     def holds(self) -> bool | None:
