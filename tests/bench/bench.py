@@ -27,7 +27,8 @@ from tests.bench.place import Place
 from tests.bench.supervised import warm_up
 
 SIZES_MB = (1.0, 500.0)
-SAVING_SIZES_MB = (50.0, 600.0)
+SAVING_SIZES_MB = (50.0, 600.0, 3000.0)
+EMERGENCY_SIZE_MB = 600.0
 REPETITIONS, QUICK_REPETITIONS = 5, 2
 STARTS = 15
 
@@ -51,11 +52,11 @@ def measurements(repetitions: int, starts: int) -> dict[str, Callable[[Place], M
         parts[f"stall-{size:g}"] = of_size(stalling.measure, size)
     for size in SAVING_SIZES_MB:
         parts[f"save-{size:g}"] = of_size(saving.measure, size)
-    parts["every-step"] = of_size(saving.measure_every_step, SAVING_SIZES_MB[-1])
+    parts["every-step"] = of_size(saving.measure_every_step, EMERGENCY_SIZE_MB)
     if "S3_ENDPOINT" in os.environ:
         parts["s3"] = lambda place: s3.measure(place, repetitions)
         parts["s3-memory"] = lambda place: s3.measure_memory(place, 1)
-        parts["s3-emergency"] = of_size(s3.measure_emergency, SAVING_SIZES_MB[-1])
+        parts["s3-emergency"] = of_size(s3.measure_emergency, EMERGENCY_SIZE_MB)
         parts["s3-requests"] = lambda place: s3.measure_requests(place, repetitions)
     return parts
 

@@ -129,11 +129,11 @@ class Memory:
 
 
 def main() -> None:
-    p = runner.params(megabytes=50.0, rounds=3, out="", folder="", every_step=0)
+    p = runner.params(megabytes=50.0, rounds=3, out="", folder="", every_step=0, batch=8)
     model, optimizer = build(p["megabytes"])
     run = runner.attach(model=model, optimizer=optimizer)
     if p["every_step"]:
-        times = loop(run, model, optimizer, p["every_step"])
+        times = loop(run, model, optimizer, p["every_step"], p["batch"])
         Path(p["out"]).write_text(json.dumps({"steps": times}))
         return
     torch.distributed.init_process_group(
@@ -146,12 +146,14 @@ def main() -> None:
     Path(p["out"]).write_text(json.dumps(document))
 
 
-def loop(run: Any, model: nn.Sequential, optimizer: torch.optim.AdamW, steps: int) -> list[float]:
+def loop(
+    run: Any, model: nn.Sequential, optimizer: torch.optim.AdamW, steps: int, batch: int
+) -> list[float]:
     """Seconds from the begin of a step to the begin of the next."""
     begins = []
     for _ in run.batches([0] * steps):
         begins.append(time.perf_counter())
-        train_step(model, optimizer, run.step)
+        train_step(model, optimizer, run.step, batch)
     return [after - before for before, after in pairwise(begins)]
 
 

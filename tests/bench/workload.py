@@ -29,10 +29,12 @@ def build(megabytes: float) -> tuple[nn.Sequential, torch.optim.AdamW]:
     return model, torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
 
-def train_step(model: nn.Sequential, optimizer: torch.optim.AdamW, step: int) -> None:
+def train_step(
+    model: nn.Sequential, optimizer: torch.optim.AdamW, step: int, batch: int = _ROWS
+) -> None:
     """One optimizer step on data that follows from its number."""
     width = model[0].in_features
-    rows = torch.randn(_ROWS, width, generator=torch.Generator().manual_seed(step))
+    rows = torch.randn(batch, width, generator=torch.Generator().manual_seed(step))
     loss = (model(rows) - rows).square().mean()
     optimizer.zero_grad(set_to_none=False)  # to write over gradients is shorter than to fault in
     loss.backward()
