@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 from counting import counted_requests
+from servers.faultproxy import Fault, FaultProxy
 from slots import RUN, snapshot, views
 
 from runner.checkpoint.archive import Archive
 from runner.checkpoint.attempts import Ledger
 from runner.checkpoint.manifest import Manifest
 from runner.checkpoint.persist import Persister
-from runner.checkpoint.restore import load_newest
+from runner.checkpoint.restore import load, load_newest
 from runner.checkpoint.retention import Keep
 from runner.store import Store
 
@@ -113,3 +114,28 @@ def test_a_file_that_has_not_changed_is_copied_on_the_server(
     key = f"{RUN}/checkpoints/{second.name}/frozen.safetensors"
     assert store.stored(key).digest == second.files[0].digest
     Archive(store, RUN).verify(second)
+
+
+@pytest.mark.parametrize(("times", "sound"), [(1, True), (99, False)])
+def test_a_part_that_the_network_spoils_is_fetched_again_alone(
+    open_s3: Callable[..., Store], proxy: FaultProxy, times: int, sound: bool
+) -> None:
+    content = secrets.token_bytes(33 * MIB)
+    save(persister(open_s3()), 1, {"model.safetensors": content, "state.json": b"{}"})
+    archive = Archive(open_s3(endpoint=proxy.url), RUN)
+    [manifest] = archive.manifests()
+    proxy.add("GET .*model.safetensors", Fault("corrupt", 100_000), times=times)
+    memory = bytearray()
+
+    def allocate(nbytes: int) -> memoryview:
+        memory.extend(bytes(nbytes))
+        return memoryview(memory)
+
+    with counted_requests() as count:
+        loaded = load(archive, manifest, allocate)
+
+    assert (loaded is not None) == sound
+    assert (str(manifest.name) in archive.quarantined()) == (not sound)
+    if sound:
+        assert memory[: len(content)] == content
+        assert count[0] == 2 + 3 + 1 + 1  # sizes, parts, the other file, and one part again

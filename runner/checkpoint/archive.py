@@ -26,6 +26,7 @@ from runner.errors import CheckpointCorrupt, CheckpointInvalid, NotFound, StoreE
 from runner.store import Store
 
 _MAX_MANIFEST_BYTES = 64 * fmt.MEBIBYTE
+_READS = 2  # of a part, before what it holds counts as what is stored
 
 
 @dataclass(frozen=True)
@@ -162,13 +163,16 @@ class Archive:
                 raise
 
     def _load_part(self, manifest: Manifest, file: FileEntry, index: int, part: memoryview) -> None:
+        """Read one part; once more if it is wrong, because a network may have spoilt it."""
         begin = index * file.part_bytes
-        self.store.fetch(self._key(manifest, file), begin, part)
-        if sha256(part).hexdigest() != file.parts[index]:
-            raise CheckpointCorrupt(
-                manifest.name,
-                f"bytes {begin} to {begin + len(part)} of {file.name} are not those saved",
-            )
+        for _ in range(_READS):
+            self.store.fetch(self._key(manifest, file), begin, part)
+            if sha256(part).hexdigest() == file.parts[index]:
+                return
+        raise CheckpointCorrupt(
+            manifest.name,
+            f"bytes {begin} to {begin + len(part)} of {file.name} are not those saved",
+        )
 
     def _unpack_part(
         self, manifest: Manifest, file: FileEntry, index: int, packed: Decompression
@@ -188,14 +192,9 @@ class Archive:
             if self._size(manifest, file) != file.size:
                 raise CheckpointCorrupt(manifest.name, f"{file.name} has another size")
             buffer = memoryview(bytearray(min(file.part_bytes, file.size)))
-            for index, digest in enumerate(file.parts):
-                begin = index * file.part_bytes
-                part = buffer[: min(file.part_bytes, file.size - begin)]
-                self.store.fetch(self._key(manifest, file), begin, part)
-                if sha256(part).hexdigest() != digest:
-                    raise CheckpointCorrupt(
-                        manifest.name, f"part {index} of {file.name} is not the one saved"
-                    )
+            for index in range(len(file.parts)):
+                part = buffer[: min(file.part_bytes, file.size - index * file.part_bytes)]
+                self._load_part(manifest, file, index, part)
 
     def digest(self, manifest: Manifest) -> str:
         """The digest of the content, 64 hex digits, computed from verified bytes."""
