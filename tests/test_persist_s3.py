@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -139,3 +141,66 @@ def test_a_part_that_the_network_spoils_is_fetched_again_alone(
     if sound:
         assert memory[: len(content)] == content
         assert count[0] == 2 + 3 + 1 + 1  # sizes, parts, the other file, and one part again
+
+
+class Killed(BaseException):
+    """The supervisor is gone: no request of it is sent any more."""
+
+
+@contextlib.contextmanager
+def killed_at(request: int, *, after: bool) -> Iterator[list[int]]:
+    """Dies at that request: before it is sent, or after it was done and nobody hears of it."""
+    from botocore.httpsession import URLLib3Session
+
+    count, send, lock = [0], URLLib3Session.send, threading.Lock()
+
+    def mortal(session: Any, prepared: Any) -> Any:
+        with lock:
+            count[0] += 1
+            number = count[0]
+        if number > request or (number == request and not after):
+            raise Killed
+        answer = send(session, prepared)
+        if number == request:
+            raise Killed
+        return answer
+
+    URLLib3Session.send = mortal
+    try:
+        yield count
+    finally:
+        URLLib3Session.send = send
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_a_kill_at_any_request_of_a_save_leaves_the_old_or_the_new_one_whole(
+    open_s3: Callable[..., Store], after: bool
+) -> None:
+    def state(number: int) -> dict[str, bytes]:
+        return {**small(number), "large.safetensors": number.to_bytes(4, "big") * (17 * MIB // 4)}
+
+    store, request, number = open_s3(), 0, 2
+    saver = persister(store, Keep(last=1))
+    save(saver, 1, state(1))
+    old = save(saver, 2, state(2))
+    died = True
+    while died:
+        request, number = request + 1, number + 1
+        with killed_at(request, after=after):
+            try:
+                save(saver, number, state(number))
+                died = False
+            except Killed:
+                pass
+        store = open_s3()
+        saver = persister(store, Keep(last=1), owner=f"{request:016x}")
+        saver.sweep()
+        newest = next(Archive(store, RUN).manifests())
+        assert newest.moment.step in (old.moment.step, number)
+        for manifest in Archive(store, RUN).manifests():
+            Archive(store, RUN).verify(manifest)
+        old = save(saver, number + 100, small(number))
+        number += 100
+        assert [m.name for m in Archive(store, RUN).manifests()] == [old.name]
+    assert request > MOST_REQUESTS
+    assert store.sweep(f"{RUN}/checkpoints", lambda name: True) == []
