@@ -38,8 +38,8 @@ def wait_at_gate(alive: Any = None) -> None:
 
 
 def wait_until_saved(run: Any) -> None:
-    record = run.output_dir.parent / "attempts" / f"{run.attempt:06d}.json"
-    while json.loads(record.read_text())["saved_step"] is None:
+    latest = run.output_dir.parent / "latest.json"
+    while not latest.exists() or json.loads(latest.read_text())["attempt"] != run.attempt:
         time.sleep(0.001)
 
 
