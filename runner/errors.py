@@ -18,6 +18,7 @@
     ├── SpoolError                the spool is not usable
     │   ├── SpoolFull             no memory for a slot
     │   └── SpoolTaken            another process of the attempt has attached already
+    ├── MetadataError             a cloud's metadata service is absent, or not understood
     ├── Abandoned                 a save that gave way to a newer one
     └── Fenced                    a newer attempt has the run: exit code 76
 
@@ -139,6 +140,10 @@ class SpoolFull(SpoolError):
 
 class SpoolTaken(SpoolError):
     """Another process of the same attempt has attached already."""
+
+
+class MetadataError(RunnerError):
+    """A cloud's metadata service is not there, or what it answers cannot be understood."""
 
 
 class Abandoned(RunnerError):
