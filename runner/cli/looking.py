@@ -1,12 +1,9 @@
-"""Commands that look at a run: `status`, `logs`, `stop`, `wait`."""
+"""Commands that look at a run: `status`, `stop`, `wait`."""
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -47,38 +44,6 @@ def status(
     rows = list(overview(where(store, s3_endpoint, s3_region, s3_ca_bundle)))
     columns = ("run_id", "phase", "step", "epoch", "attempt", "saved_step", "store")
     print_rows(rows, columns, output)
-
-
-def logs(
-    name: RunName,
-    store: StoreOption = None,
-    s3_endpoint: EndpointOption = None,
-    s3_region: RegionOption = None,
-    s3_ca_bundle: BundleOption = None,
-    follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on as it comes.")] = False,
-) -> None:
-    """What the trainer has printed, over all attempts on this machine."""
-    found = found_run(name, store, s3_endpoint, s3_region, s3_ca_bundle)
-    _copy_logs(found.logs, follow and found.is_live, sys.stdout.buffer.write)
-
-
-def _copy_logs(
-    folder: Path, still_live: Callable[[], bool] | bool, write: Callable[[bytes], Any]
-) -> None:
-    """Write all log files in order; go on for as long as the run is live, if asked to."""
-    done: dict[Path, int] = {}
-    while True:
-        live = still_live() if callable(still_live) else still_live
-        for path in sorted(folder.glob("*.log")):
-            with path.open("rb") as file:
-                file.seek(done.get(path, 0))
-                while chunk := file.read(1 << 20):
-                    write(chunk)
-                done[path] = file.tell()
-        sys.stdout.flush()
-        if not live:
-            return
-        time.sleep(0.1)
 
 
 def stop(

@@ -1,77 +1,162 @@
-"""What the trainer prints: passed through as it comes, and kept in one file per attempt."""
+"""What the trainer prints: taken from its two pipes, passed through as it is, and kept as records.
+
+One thread reads both pipes, so that the order of what comes is that of the file. It hands on to
+buffers with a limit (`runner.logs.sink`): the trainer waits neither for a terminal that stands
+still nor for a disk that does.
+"""
 
 from __future__ import annotations
 
-import logging
+import contextlib
+import errno
+import fcntl
 import os
+import select
+import sys
 import threading
-from pathlib import Path
-from typing import BinaryIO
+import time
+from collections.abc import Callable
 
-log = logging.getLogger(__name__)
+from runner.logs import lines
+from runner.logs.sink import Patience, Sink
 
+_PIPE_BYTES = 1 << 20  # what a pipe may hold on Linux without a privilege
 _CHUNK_BYTES = 1 << 16
+_SMALL_BYTES = 1 << 12
+_LINGER_SECONDS = 0.002  # so that a thousand short lines are not a thousand rounds
+_LOOK_SECONDS = 0.5  # at lines that are held back
+_BUFFER_BYTES = 4 << 20
+_PATIENCE = Patience(seconds=2.0, share=0.1)
+_GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ECONNRESET)
+
+STDOUT, STDERR = 1, 2
+
+
+class PassThrough:
+    """The supervisor's own stdout and stderr. `write` takes bytes for one of the two descriptors.
+
+    Where both are the same file, one buffer serves both, so that their order is kept.
+    """
+
+    def __init__(self) -> None:
+        self._closed: set[int] = set()
+        self._sinks: dict[int, Sink] = {}
+        same: dict[tuple[int, int], Sink] = {}
+        # One that was closed when this process began may be any other file by now.
+        for target, stream in ((STDOUT, sys.__stdout__), (STDERR, sys.__stderr__)):
+            with contextlib.suppress(OSError):
+                place = os.fstat(target)
+                if stream is not None:
+                    key = place.st_dev, place.st_ino
+                    same[key] = self._sinks[target] = same.get(key) or self._sink(target)
+
+    def write(self, target: int, data: bytes, *, urgent: bool = False) -> None:
+        if target in self._sinks:
+            self._sinks[target].offer(target, data, urgent=urgent)
+
+    def flush(self, timeout_seconds: float) -> bool:
+        """Wait until all of it is written; whether that is so."""
+        deadline = time.monotonic() + timeout_seconds
+        flushed = True
+        for sink in self._sinks.values():
+            flushed = sink.flush(max(0.0, deadline - time.monotonic())) and flushed
+        return flushed
+
+    def close(self) -> None:
+        """End where nothing is left to be written; what hangs there is left behind."""
+        for sink in self._sinks.values():
+            sink.close(0.1)
+
+    def _sink(self, target: int) -> Sink:
+        return Sink(
+            f"pass-through-{target}",
+            self._write,
+            lambda n: f"\n… {n} bytes dropped: the reader is too slow\n".encode(),
+            capacity_bytes=_BUFFER_BYTES,
+            patience=_PATIENCE,
+        )
+
+    def _write(self, target: int, data: bytes) -> None:
+        view = memoryview(data)
+        while view and target not in self._closed:
+            try:
+                view = view[os.write(target, view) :]
+            except BlockingIOError:  # somebody who shares it made it so
+                poll = select.poll()
+                poll.register(target, select.POLLOUT)
+                poll.poll(1000)
+            except OSError as error:
+                if error.errno not in _GONE:
+                    return  # a file on a full disk: the next may find room
+                self._closed.add(target)
 
 
 class Output:
     """Two pipes for one attempt. `stdout` and `stderr` are the ends that the trainer writes to."""
 
-    def __init__(self, log_file: Path, stdout: int, stderr: int) -> None:
-        self._file: BinaryIO | None = None
+    def __init__(
+        self,
+        attempt: int,
+        keep: Callable[[int, bytes], None],
+        pass_on: Callable[[int, bytes], None],
+    ) -> None:
+        self._attempt, self._keep, self._pass_on = attempt, keep, pass_on
+        out, self.stdout = _pipe()
         try:
-            log_file.parent.mkdir(parents=True, exist_ok=True)
-            self._file = log_file.open("ab", buffering=0)
-        except OSError as error:
-            log.warning("what the trainer prints is not kept: %s", error)
-        self._lock = threading.Lock()
-        self.stdout, self._out_thread = self._pipe(stdout)
-        self.stderr, self._err_thread = self._pipe(stderr)
+            err, self.stderr = _pipe()
+        except OSError:
+            os.close(out)
+            os.close(self.stdout)
+            raise
+        self._pipes = {
+            out: (STDOUT, lines.Stream(attempt, lines.OUT)),
+            err: (STDERR, lines.Stream(attempt, lines.ERR)),
+        }
+        self._thread = threading.Thread(target=self._pump, name="output", daemon=True)
+        self._thread.start()
 
     def launched(self) -> None:
         """The trainer has its ends: close ours, so that the pipes end with it."""
         os.close(self.stdout)
         os.close(self.stderr)
 
-    def drain(self, timeout_seconds: float = 5.0) -> None:
-        """Wait until all that was printed has been passed on, and close the file."""
-        self._out_thread.join(timeout_seconds)
-        self._err_thread.join(timeout_seconds)
-        if self._file is not None:
-            self._file.close()
+    def drain(self, timeout_seconds: float) -> bool:
+        """Wait until all that was printed has been handed on; whether that is so."""
+        self._thread.join(timeout_seconds)
+        return not self._thread.is_alive()
 
-    def _pipe(self, target: int) -> tuple[int, threading.Thread]:
-        reading, writing = os.pipe()
-        thread = threading.Thread(
-            target=self._pump, args=(reading, target), name="output", daemon=True
-        )
-        thread.start()
-        return writing, thread
+    def _pump(self) -> None:
+        poll = select.poll()
+        for pipe in self._pipes:
+            poll.register(pipe, select.POLLIN)
+        last_read = 0.0
+        while self._pipes:
+            waits = any(stream.holds_back for _, stream in self._pipes.values())
+            ready = poll.poll(1e3 * _LOOK_SECONDS if waits else None)
+            time_of_day, now = lines.stamp(time.time()), time.monotonic()
+            sizes = [self._read(poll, pipe, time_of_day, now) for pipe, _ in ready]
+            for _, stream in self._pipes.values():
+                self._keep(self._attempt, stream.idle(time_of_day, now))
+            if sizes and max(sizes) < _SMALL_BYTES and now - last_read < _LINGER_SECONDS:
+                time.sleep(_LINGER_SECONDS)
+            last_read = time.monotonic()
 
-    def _pump(self, source: int, target: int) -> None:
-        open_targets = [target]
-        while chunk := os.read(source, _CHUNK_BYTES):
-            self._keep(chunk)
-            for descriptor in list(open_targets):
-                if not _write_all(descriptor, chunk):
-                    open_targets.remove(descriptor)
-        os.close(source)
-
-    def _keep(self, chunk: bytes) -> None:
-        if self._file is None:
-            return
-        with self._lock:
-            try:
-                self._file.write(chunk)
-            except (OSError, ValueError) as error:
-                log.debug("the log file cannot be written: %s", error)
+    def _read(self, poll: select.poll, pipe: int, time_of_day: bytes, now: float) -> int:
+        target, stream = self._pipes[pipe]
+        chunk = os.read(pipe, _CHUNK_BYTES)
+        if chunk:
+            self._pass_on(target, chunk)
+            self._keep(self._attempt, stream.feed(chunk, time_of_day, now))
+        else:
+            poll.unregister(pipe)
+            os.close(pipe)
+            del self._pipes[pipe]
+            self._keep(self._attempt, stream.end(time_of_day))
+        return len(chunk)
 
 
-def _write_all(descriptor: int, chunk: bytes) -> bool:
-    """False if nobody reads there any more."""
-    view = memoryview(chunk)
-    try:
-        while view:
-            view = view[os.write(descriptor, view) :]
-    except OSError:
-        return False
-    return True
+def _pipe() -> tuple[int, int]:
+    reading, writing = os.pipe()
+    with contextlib.suppress(OSError):  # the user has many large pipes already
+        fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+    return reading, writing
