@@ -22,7 +22,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -156,13 +156,21 @@ class Node:
 
     # ------------------------------------------------------------------ commands
 
-    def start(self, *arguments: str, env: Mapping[str, str] | None = None) -> Started:
-        """Start `runner` in a process of its own, which leads a session."""
+    def start(
+        self,
+        *arguments: str,
+        env: Mapping[str, str] | None = None,
+        before: Sequence[str] = (),
+    ) -> Started:
+        """Start `runner` in a process of its own, which leads a session.
+
+        `before` is a command that executes what it is given as its last arguments.
+        """
         number = len(list(self.folder.glob("*.out")))
         out, err = (self.folder / f"{number}.{kind}" for kind in ("out", "err"))
         with out.open("wb") as stdout, err.open("wb") as stderr:
             process = subprocess.Popen(
-                [RUNNER, *arguments],
+                [*before, RUNNER, *arguments],
                 cwd=self.folder,
                 env={**_clean_environment(), **self.environment, **(env or {})},
                 stdin=subprocess.DEVNULL,

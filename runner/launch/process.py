@@ -7,6 +7,9 @@ supervisor: it notices by the board, and can leave at a boundary.
 Its exit code is read without taking it (`WNOWAIT`), and the process is waited for only when nothing
 of its tree is left. Until then it is at least a zombie, so its number stays its own: no signal can
 reach a stranger, and its session is recognised.
+
+The command may be a shell, or a script that forks and exits. The process that attaches is the
+trainer then: signals go to it, and the attempt lives as long as it does.
 """
 
 from __future__ import annotations
@@ -26,8 +29,10 @@ from types import TracebackType
 from typing import Self
 
 from runner.errors import RunnerError, UsageError
+from runner.launch.cgroup import AttemptGroup
 from runner.launch.process_tree import (
     MARK_VARIABLE,
+    ProcessEntry,
     Tree,
     end,
     mark_prefix,
@@ -134,9 +139,18 @@ class TrainerProcess:
     tree and closes the handle at the end.
     """
 
-    def __init__(self, process: subprocess.Popen[bytes], tree: Tree, handle: int | None) -> None:
-        self._process, self._tree, self._handle = process, tree, handle
+    def __init__(
+        self,
+        process: subprocess.Popen[bytes],
+        tree: Tree,
+        handle: int | None,
+        group: AttemptGroup | None = None,
+    ) -> None:
+        self._process, self._tree, self._handle, self._group = process, tree, handle, group
         self._code: int | None = None
+        self._attached: ProcessEntry | None = None
+        self._attached_code: int | None = None
+        self._asked_about = process.pid
         self._waited_for = False
         self._tree_has_ended = False
         self._lock = threading.Lock()  # between sending a signal and giving the number back
@@ -150,11 +164,13 @@ class TrainerProcess:
         env: Mapping[str, str],
         stdout: int | None = None,
         stderr: int | None = None,
+        groups: Path | None = None,
     ) -> TrainerProcess:
         """Start `command` without a shell; return when it executes.
 
         `command[0]` is looked up on the PATH of `env`, or relative to `cwd` if it has a separator.
-        `stdout` and `stderr` are file descriptors, None is to share ours; stdin is empty.
+        `stdout` and `stderr` are file descriptors, None is to share ours; stdin is empty. `groups`
+        is a cgroup (v2) in which one is made for it, where that can be.
         Raises UsageError if there is no such command or directory, and OSError if the machine
         cannot start one more process. Nothing runs after an error.
         """
@@ -165,8 +181,20 @@ class TrainerProcess:
             raise RunnerError("/proc is not mounted: processes cannot be told apart without it")
         mark = f"{mark_prefix(mine)}.{next(_serials)}"
         before = frozenset(entry.identity for entry in read_table().values())
-        process = _spawn(command, cwd, {**env, MARK_VARIABLE: mark}, stdout, stderr)
-        trainer = read_entry(process.pid)
+        group = AttemptGroup.make(mark, groups)
+        try:
+            entered = "" if group is None else str(group.folder)
+            process = _spawn(command, cwd, {**env, MARK_VARIABLE: mark}, stdout, stderr, entered)
+        except BaseException:
+            if group is not None:
+                group.remove()
+            raise
+        try:
+            trainer = read_entry(process.pid)
+        except OSError:
+            process.kill()
+            process.wait()
+            raise
         tree = Tree(
             # None if somebody has waited for it already; no process has started before 0.
             trainer=trainer.identity if trainer else (process.pid, 0),
@@ -176,7 +204,7 @@ class TrainerProcess:
             supervisor_mark=os.environ.get(MARK_VARIABLE),
             before=before,
         )
-        return cls(process, tree, open_pidfd(process.pid))
+        return cls(process, tree, open_pidfd(process.pid), group)
 
     @property
     def pid(self) -> int:
@@ -190,12 +218,63 @@ class TrainerProcess:
         """
         return self._handle
 
+    @property
+    def pids(self) -> list[int]:
+        """The processes whose exit codes belong to this object: the caller must not reap them."""
+        return [self.pid] if self._attached is None else [self.pid, self._attached.pid]
+
+    def follow(self, pid: int) -> None:
+        """This process has attached: if it outlives the one that was started, its end counts.
+
+        Nothing happens if it is that one, or not of this tree.
+        """
+        if pid in (0, self._asked_about):
+            return
+        table = read_table()
+        self._asked_about = pid
+        found = [entry for entry in members(table, self._tree) if entry.pid == pid and entry.alive]
+        with self._lock:
+            self._attached = found[0] if found else None
+
     def poll(self) -> int | None:
-        """The exit code, negative for a signal, or None while it runs. Can be asked again."""
+        """The exit code, negative for a signal, or None while it runs. Can be asked again.
+
+        Of the process that was started; or, if that ended first, of the one that has attached. If
+        nobody can tell that one's, because another process has waited for it: `UNKNOWN_EXIT`.
+        """
         with self._lock:
             if self._code is None:
                 self._code = self._read_exit_code()
-            return self._code
+                if self._code is not None and not self._attached_lives():
+                    self._attached = None  # a shell that has waited for its script: its code counts
+            if self._code is None or self._attached is None:
+                return self._code
+            if self._attached_code is None:
+                self._attached_code = self._read_attached_code(self._attached)
+            return self._attached_code
+
+    def leaves_session(self) -> bool:
+        """Whether processes in the trainer's own session outlive it, daemons aside."""
+        table = read_table().values()
+        return any(entry.session == self.pid and entry.alive for entry in table)
+
+    def _attached_lives(self) -> bool:
+        if self._attached is None:
+            return False
+        now = read_entry(self._attached.pid)
+        return now is not None and now.identity == self._attached.identity and now.alive
+
+    def _read_attached_code(self, attached: ProcessEntry) -> int | None:
+        if self._attached_lives():
+            return None
+        now = read_entry(attached.pid)
+        if now is None or now.identity != attached.identity or now.parent != os.getpid():
+            return UNKNOWN_EXIT
+        try:
+            ended = os.waitid(os.P_PID, attached.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            return UNKNOWN_EXIT
+        return None if ended is None else _code_of(ended)
 
     def _read_exit_code(self) -> int | None:
         try:
@@ -203,9 +282,7 @@ class TrainerProcess:
         except ChildProcessError:
             self._number_is_free(UNKNOWN_EXIT)
             return UNKNOWN_EXIT
-        if ended is None:
-            return None
-        return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
+        return None if ended is None else _code_of(ended)
 
     def send_signal(self, signum: int) -> None:
         """Send a signal to the trainer alone, not to what it has started; nothing once it ended."""
@@ -241,17 +318,24 @@ class TrainerProcess:
         """
         if self._tree_has_ended:
             return []
-        remaining = end(self._tree, signum, timeout_seconds=timeout_seconds, spare=spare)
+        self.poll()  # what has ended by itself keeps its own code
+        remaining = end(
+            self._tree, signum, timeout_seconds=timeout_seconds, spare=spare, group=self._group
+        )
         if remaining:
             return remaining
-        code = self.poll()
-        if code is None:  # a debugger is attached and hears of it first
-            return [self.pid]
         with self._lock:
+            code = self._code = self._read_exit_code() if self._code is None else self._code
+            if code is None:  # a debugger is attached and hears of it first
+                return [self.pid]
+            if self._attached is not None and self._attached_code is None:
+                self._attached_code = -signum
             if not self._waited_for:
                 os.waitid(os.P_PID, self.pid, os.WEXITED)
                 self._number_is_free(code)
             self._tree_has_ended = True
+        if self._group is not None:
+            self._group.remove()
         return []
 
     def _number_is_free(self, code: int) -> None:
@@ -284,13 +368,14 @@ def _spawn(
     env: Mapping[str, str],
     stdout: int | None,
     stderr: int | None,
+    group: str,
 ) -> subprocess.Popen[bytes]:
     """Start the trampoline in a new session and wait until it has become the command."""
     error_reader, error_writer = os.pipe()
     with open(error_reader, "rb") as errors:  # noqa: PTH123 - a descriptor, not a path
         try:
             process = subprocess.Popen(
-                [sys.executable, "-I", "-S", _TRAMPOLINE, str(error_writer), *command],
+                [sys.executable, "-I", "-S", _TRAMPOLINE, str(error_writer), group, *command],
                 cwd=cwd,
                 env=env,
                 stdin=subprocess.DEVNULL,
@@ -316,3 +401,7 @@ def _spawn(
         f"cannot execute {command[0]!r} in {cwd}: {os.strerror(number)}; `command` begins with a "
         "program on the PATH, or with a path relative to `workdir`"
     )
+
+
+def _code_of(ended: os.waitid_result) -> int:
+    return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status

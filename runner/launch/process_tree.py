@@ -28,6 +28,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from runner.launch.cgroup import AttemptGroup
+
 MARK_VARIABLE = "RUNNER_TREE"
 """Set in the trainer's environment and inherited by whatever it starts: `SUPERVISOR.SERIAL`."""
 
@@ -90,10 +92,16 @@ def mark_prefix(entry: ProcessEntry) -> str:
 
 
 def read_entry(pid: int) -> ProcessEntry | None:
-    """One process, or None if it is gone. See proc_pid_stat(5) for the fields."""
+    """One process, or None if it is gone. See proc_pid_stat(5) for the fields.
+
+    OSError if that cannot be told, for want of a file descriptor above all: it is no proof of an
+    end.
+    """
     try:
         text = Path(f"/proc/{pid}/stat").read_bytes()
-    except OSError:  # ENOENT, or ESRCH if it ended while it was read
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    except PermissionError:  # of another user, where /proc hides those
         return None
     fields = text[text.rindex(b")") + 2 :].split()  # the name before it may hold anything
     return ProcessEntry(
@@ -173,19 +181,31 @@ def end(
     *,
     timeout_seconds: float,
     spare: Collection[int] = (),
+    group: AttemptGroup | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> list[int]:
     """Signal every member until none is left; return the process ids of those seen last.
 
     Each member gets the signal once, new ones as they appear. Members that were adopted are waited
     for here, the trainer is not. One look that finds nothing is proof: a process that escapes a
-    look by forking and exiting leaves a zombie behind, and only we can remove it.
+    look by forking and exiting leaves a zombie behind, and only we can remove it. A look that fails
+    is none. Whoever is in the `group` is a member too, and is killed with it.
     """
     deadline = clock() + timeout_seconds
     pause = FIRST_PAUSE_SECONDS
     seen: set[Identity] = set()
     while True:
-        found = members(read_table(), tree, spare=spare)
+        if group is not None and signum == signal.SIGKILL:
+            group.kill()
+        try:
+            found = _look(tree, spare, group)
+        except OSError:  # no descriptor is free, for example: the trainer's own group needs none
+            if signum == signal.SIGKILL:
+                _kill_own_group(tree)
+            if clock() >= deadline:
+                return [tree.trainer[0]]
+            time.sleep(LONGEST_PAUSE_SECONDS)
+            continue
         running = [entry for entry in found if entry.alive]
         adopted = [
             entry
@@ -211,6 +231,22 @@ def end(
         else:  # all have been told; what remains is to die
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+
+
+def _look(tree: Tree, spare: Collection[int], group: AttemptGroup | None) -> list[ProcessEntry]:
+    table = read_table()
+    found = members(table, tree, spare=spare)
+    known = {entry.pid for entry in found}
+    inside = [] if group is None else group.pids()
+    return [*found, *(table[pid] for pid in inside if pid in table and pid not in known)]
+
+
+def _kill_own_group(tree: Tree) -> None:
+    """The trainer leads its group, and has not been waited for: the number is its own."""
+    pid = tree.trainer[0]
+    if pid > 1 and pid != os.getpgrp():
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(pid, signal.SIGKILL)
 
 
 def send_to(entry: ProcessEntry, signum: int) -> None:

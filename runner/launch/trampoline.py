@@ -1,6 +1,6 @@
 """The first thing that runs in the trainer's process: undo what it inherited, become the command.
 
-    python -I -S trampoline.py ERROR_FD COMMAND [ARGUMENT ...]
+    python -I -S trampoline.py ERROR_FD CGROUP COMMAND [ARGUMENT ...]
 
 `exec` keeps ignored signals ignored and blocked ones blocked, so a trainer started by `nohup`, by
 a shell without job control, or from a supervisor's thread that blocks signals would be deaf to
@@ -25,13 +25,28 @@ def original_environment() -> dict[bytes, bytes]:
         return {name: value for name, _, value in pairs}
 
 
+def enter(group: str) -> None:
+    """Move into a cgroup, whose folder is given; "" is to stay. All that is started here follows.
+
+    Where it cannot be entered, the process table has to do.
+    """
+    if group:
+        with contextlib.suppress(OSError):
+            descriptor = os.open(f"{group}/cgroup.procs", os.O_WRONLY)
+            try:
+                os.write(descriptor, b"0")
+            finally:
+                os.close(descriptor)
+
+
 def main() -> None:
     for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
         with contextlib.suppress(OSError):
             signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
 
-    error_fd, command = int(sys.argv[1]), sys.argv[2:]
+    error_fd, group, command = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
+    enter(group)
     os.set_inheritable(error_fd, False)
     try:
         os.execvpe(command[0], command, original_environment())

@@ -36,7 +36,8 @@ def reap_orphans(owned: Collection[int]) -> list[int]:
     Left to their owners are the children in `owned` and all that are in our own session: what
     `subprocess` has started, in any thread. No orphan of a trainer can be there, because a trainer
     has left it. A child with a session of its own must be in `owned` before this is called, so call
-    it from the thread that starts them. It costs one system call while no child has ended.
+    it from the thread that starts them. It costs one system call while no child has ended. OSError
+    if the process table cannot be read just now.
     """
     if not _some_child_has_ended():
         return []

@@ -26,6 +26,7 @@ from torch.utils.data import (
 )
 
 from runner.training.rng import GENERATOR_TYPES, derive_seed, seed_process
+from runner.training.workers import outlive_the_save
 
 _PROCESS_WIDE: Final = (torch.default_generator, np.random.mtrand._rand)
 _LOOK_DEPTH: Final = 4  # data set → transform → list of transforms → transform → generator
@@ -55,6 +56,8 @@ def _receive(index: Any, seed: int, number: int | None) -> Any:
     """
     global _tasks_received
     info = get_worker_info()
+    if info is not None:
+        outlive_the_save()
     if info is not None and number is not None:
         seed_batch(info.dataset, seed, number)
     elif info is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import json
 import logging
@@ -10,7 +11,8 @@ import platform
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -22,11 +24,13 @@ from runner.checkpoint import format as fmt
 from runner.checkpoint.format import FileImage
 from runner.checkpoint.keeper import read_restore
 from runner.checkpoint.manifest import Moment, moment_from_json
-from runner.errors import RestoreError, SpoolError
+from runner.errors import RestoreError, SpoolError, SpoolFull
 from runner.exitcodes import PREEMPTED
 from runner.plan import Plan
 from runner.spool import Marker, RankSpool, Weights, open_slot, read_json
+from runner.training.lifeline import Lifeline
 from runner.training.overlap import Overlap, engine_for_this_machine
+from runner.training.preempted import Preempted
 from runner.training.slots import SlotMemory
 from runner.training.snapshot import SnapshotWriter
 from runner.training.tensors import TensorSink, TensorSource
@@ -35,6 +39,7 @@ log = logging.getLogger(__name__)
 
 SPOOL_VARIABLE = "RUNNER_SPOOL"
 _POLL_SECONDS = 0.001
+_COMPLAINT_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -74,16 +79,19 @@ class Session:
         self._lock: IO[bytes] = self.rank.lock()
         self.board = Board(self.rank.folder / "board")
         self.board.pid = os.getpid()
-        self._parent = os.getppid() if supervised else None
+        self._lifeline: Lifeline | None = None
         disk = Path(self.plan.disk) if self.plan.disk else spool / "disk"
         self.slots = SlotMemory(self.rank, self.plan.slots, disk)
         self._overlap = Overlap(engine_for_this_machine(), optimizers, enabled=self.plan.overlap)
-        self._writer = SnapshotWriter(self.rank, self.slots, self._overlap, self.alive)
+        self._writer = SnapshotWriter(self.rank, self.slots, self._overlap, self._wait_for_slot)
         self._facts = trainer_facts()
         self._saves = 0
+        self._complain_at = 0.0
         self._fetches = 0
         self.interrupt_code = PREEMPTED
         if supervised:
+            self._lifeline = Lifeline(spool, self.board)
+            weakref.finalize(self, self._lifeline.close).atexit = False
             _leave_signals_to_the_supervisor()
             # The supervisor's way to ask where the threads of a hung trainer are.
             faulthandler.register(signal.SIGRTMIN, all_threads=True)
@@ -96,9 +104,14 @@ class Session:
         self.board.progress += 1
 
     def asked(self) -> Asked | None:
-        """What the supervisor asks for, if it has not been obeyed yet."""
+        """What the supervisor asks for, if it has not been obeyed yet.
+
+        A supervisor that is dead would have asked for this: to save, and to leave.
+        """
         number = self.board.request_number
         if number == self.board.answered:
+            if self._deserted:
+                return Asked(number, Request.SAVE_AND_STOP, Why.PREEMPTION)
             return None
         return Asked(number, Request(self.board.request_kind), Why(self.board.request_why))
 
@@ -108,7 +121,7 @@ class Session:
     def hold(self) -> None:
         """Wait at this boundary until something is asked for, or nobody is left to ask."""
         self.board.held = 1
-        while self.asked() is None and (self._parent is None or os.getppid() == self._parent):
+        while self.asked() is None:
             self.board.heartbeat_ns = time.monotonic_ns()
             time.sleep(_POLL_SECONDS)
         self.board.held = 0
@@ -133,9 +146,16 @@ class Session:
         alone = Weights(self._saves + 1, list(weights)) if weights else None
         save = self._saves + (1 if alone is None else 2)
         numbered = moment(self.plan.attempt, save)
-        taken = self._writer.take(
-            numbered, document, sink, self._facts, beside=beside, weights=alone
-        )
+        try:
+            with self._saving():
+                taken = self._writer.take(
+                    numbered, document, sink, self._facts, beside=beside, weights=alone
+                )
+        except SpoolFull as error:
+            if not self._saves or "final" in numbered.triggers:
+                raise  # not even the first one fits; or the run would end without its last state
+            self._pass_over(error)
+            return False
         if taken:
             self._saves = save
         return taken
@@ -176,8 +196,45 @@ class Session:
         return _open(self.rank.folder / "fetched", Marker(**reply))
 
     def _must_have_supervisor(self, what: str) -> None:
-        if self._parent is not None and os.getppid() != self._parent:
+        if self._deserted:
             raise RestoreError(f"{what}: the supervisor is gone")
+
+    def _pass_over(self, error: SpoolFull) -> None:
+        """Somebody else has filled the memory since: training goes on, and so does the log."""
+        now = time.monotonic()
+        if now >= self._complain_at:
+            self._complain_at = now + _COMPLAINT_SECONDS
+            log.error("a snapshot is passed over: %s; make room there", error)
+
+    # ------------------------------------------------------------------ a supervisor that is dead
+
+    @property
+    def _deserted(self) -> bool:
+        return self._lifeline is not None and self._lifeline.is_cut
+
+    @contextlib.contextmanager
+    def _saving(self) -> Iterator[None]:
+        if self._lifeline is None:
+            yield
+            return
+        self._lifeline.saving = True
+        try:
+            yield
+        finally:
+            self._lifeline.saving = False
+
+    def _wait_for_slot(self) -> None:
+        """Every slot is claimed, or holds what must be persisted first: a sign of life.
+
+        A supervisor that is dead persists nothing, and its claims are void. If no slot can be had
+        even so, the newest one has to do.
+        """
+        self.alive()
+        if not self._deserted:
+            return
+        if not self.rank.claimed():
+            raise Preempted(Why.PREEMPTION.trigger)
+        self.rank.recover_claims()
 
 
 def _open(path: Path, marker: Marker) -> SavedState:

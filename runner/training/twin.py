@@ -29,6 +29,7 @@ from runner.training.samplers import (
 )
 from runner.training.seeding import unreachable_generators
 from runner.training.sources import Reading, Source, length_of, read_again
+from runner.training.workers import share_the_end
 
 log = logging.getLogger(__name__)
 
@@ -225,6 +226,8 @@ class LoaderReading(Reading):
         self._ahead: deque[Any] = deque()
         self._iterator: Iterator[Any] | None = None
         indices.order = order
+        if twin.num_workers:
+            share_the_end()
         if self._own_iter:
             self._start_own_iter(twin)
         else:
