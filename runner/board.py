@@ -71,6 +71,8 @@ class Board:
     epochs = _Word(13)  # of the whole run, 0 where the script has no epochs
     finished = _Word(14)  # 1 after the run's last boundary
     step_us = _Word(15)  # microseconds that the last step took
+    sick_since = _Word(16)  # first step whose metrics are not finite, plus one; 0: they are
+    sick_steps = _Word(17)  # for how many steps they have not been
 
     request_number = _Word(64)
     request_kind = _Word(65)

@@ -67,7 +67,7 @@ __all__ = [
 ]
 
 _SWITCHES: frozenset[KeyPath] = frozenset(
-    {("s3", "conditional_writes"), ("checkpoint", "compression")}
+    {("s3", "conditional_writes"), ("checkpoint", "compression"), ("resources", "memory_guard")}
 )
 _RUN_ID = r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}"
 

@@ -22,10 +22,12 @@ from pydantic import (
 
 from runner.job_store import S3, STORE_PATTERN, is_s3, store_location
 from runner.job_types import (
+    DEFAULT_GUARD,
     LARGEST_COUNT,
     NAME_PATTERN,
     Count,
     Duration,
+    Guard,
     Part,
     Size,
     Text,
@@ -198,11 +200,25 @@ class Checkpoint(Part):
     keep: Keep = Keep()
 
 
+def _each_once(clouds: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(clouds)) < len(clouds):
+        raise ValueError("expected each cloud once")
+    return clouds
+
+
 class Preemption(Part):
     """What a preemption looks like here."""
 
     grace_seconds: Duration = Field(
         default=30.0, alias="grace", description="Time between the first notice and the kill."
+    )
+    notices: Annotated[
+        tuple[Literal["aws", "gcp", "azure"], ...], Field(strict=False), AfterValidator(_each_once)
+    ] = Field(
+        default=(),
+        description="The clouds whose metadata service is asked for notices, beside SIGTERM.",
+        json_schema_extra={"uniqueItems": True},
+        examples=[["aws"]],
     )
 
 
@@ -253,6 +269,11 @@ class Health(Part):
         description="Restore the newest checkpoint and warn if it is unhealthy, or prefer the"
         " newest healthy one.",
     )
+    patience: Count = Field(
+        default=10,
+        description="Metrics that are not finite for so many steps are worth a warning; or, with"
+        " `restore: healthy`, a restart from the newest healthy checkpoint.",
+    )
 
 
 class Outputs(Part):
@@ -262,6 +283,30 @@ class Outputs(Part):
         default=2**30,
         alias="max_size",
         description="Stored at the end of each attempt, up to this size in all; 0: nothing is.",
+    )
+
+
+class Logs(Part):
+    """How much is kept of what the trainer prints."""
+
+    max_size_bytes: Size = Field(
+        default=64 * 2**20,
+        alias="max_size",
+        description="In all, on this machine and in the store; the oldest goes first. 0: nothing.",
+    )
+    files: Annotated[int, Field(ge=2, le=1000)] = Field(
+        default=8, description="In how many files, if each is full; the oldest is removed whole."
+    )
+
+
+class Resources(Part):
+    """What the trainer may use."""
+
+    memory_guard: Guard = Field(
+        default=DEFAULT_GUARD,
+        description="At this share of the cgroup's memory limit the trainer is saved and started"
+        " again, before the kernel kills it and the supervisor.",
+        json_schema_extra={"default": f"{DEFAULT_GUARD:.0%}"},
     )
 
 
@@ -327,6 +372,8 @@ class Job(Part):
     restart: Restart = Restart()
     health: Health = Health()
     outputs: Outputs = Outputs()
+    resources: Resources = Resources()
+    logs: Logs = Logs()
 
     @field_validator("s3")
     @classmethod

@@ -32,6 +32,7 @@ from runner.units import (
 )
 
 LARGEST_COUNT = 1_000_000_000
+DEFAULT_GUARD = 0.95
 NAME_PATTERN = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
 
 
@@ -89,6 +90,22 @@ def _switch(value: object) -> object:
     return meaning
 
 
+def _guard(value: object) -> object:
+    """A share of a limit in percent, as a number below 1; 0 is off. `on` is the default."""
+    if value is False or value == "off":
+        return 0.0
+    if value is True or value == "on":
+        return DEFAULT_GUARD
+    match = re.fullmatch(r"([0-9]{2})%", value) if isinstance(value, str) else None
+    if match is None or not 50 <= int(match[1]) <= 99:
+        raise ValueError("expected a share from 50% to 99%, on or off")
+    return int(match[1]) / 100
+
+
+def _format_guard(share: float) -> str:
+    return f"{round(100 * share)}%" if share else "off"
+
+
 class Part(BaseModel):
     """A mapping of the job file whose keys are known."""
 
@@ -114,4 +131,18 @@ Switch = Annotated[
     bool,
     BeforeValidator(_switch),
     WithJsonSchema({"anyOf": [{"type": "boolean"}, {"enum": ["on", "off"]}]}),
+]
+Guard = Annotated[
+    float,
+    BeforeValidator(_guard),
+    PlainSerializer(_format_guard, return_type=str),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string", "pattern": "^[5-9][0-9]%$", "examples": ["95%"]},
+                {"enum": ["on", "off"]},
+                {"type": "boolean"},
+            ]
+        }
+    ),
 ]

@@ -23,8 +23,8 @@ from runner.store import DirectoryStore, S3Options
 from runner.store.credentials import CredentialSource
 
 CHECKS_OF_A_DIRECTORY = [
-    *("command", "gpu", "spool", "list", "write", "read", "conditional writes", "delete"),
-    *("store", "throughput", "memory", "emergency save"),
+    *("command", "gpu", "notices", "spool", "list", "write", "read", "conditional writes"),
+    *("delete", "store", "throughput", "memory", "emergency save"),
 ]
 
 
@@ -338,8 +338,8 @@ def test_a_store_on_s3_is_tried_with_everything_a_run_needs(node: Node, bucket: 
     for secret in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         assert os.environ[secret] not in told.out
     assert list(found) == [
-        *("command", "gpu", "credentials", "server", "clock", "spool", "list", "write", "read"),
-        *("conditional writes", "delete", "clean up", "store", "throughput", "memory"),
+        *("command", "gpu", "notices", "credentials", "server", "clock", "spool", "list", "write"),
+        *("read", "conditional writes", "delete", "clean up", "store", "throughput", "memory"),
         "emergency save",
     ]
     assert found["credentials"]["facts"] == "from the environment (AWS_ACCESS_KEY_ID)"

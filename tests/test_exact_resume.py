@@ -1384,7 +1384,7 @@ def test_a_phase_is_shown_for_as_long_as_it_lasts() -> None:
             life.trace.append(life.board.phase)
             assert life.board.progress >= before + 3
 
-    assert play(script).lives[0].trace == ["validation", "training"]
+    assert play(script).lives[0].trace == ["validation", "between loops"]
 
 
 def test_the_best_checkpoint_can_be_loaded_into_the_live_objects() -> None:

@@ -19,13 +19,14 @@ GROUND = "ground"
 # the ground, which imports nothing but the ground.
 BELOW: dict[str, set[str]] = {
     "cli": {"doctor", "simulation", "supervisor", "launch", "checkpoint", "store", GROUND},
-    "doctor": {"supervisor", "launch", "checkpoint", "store", GROUND},
+    "doctor": {"supervisor", "launch", "checkpoint", "notices", "store", GROUND},
     "simulation": {"supervisor", "launch", "checkpoint", "store", GROUND},
-    "supervisor": {"launch", "checkpoint", "store", GROUND},
+    "supervisor": {"launch", "checkpoint", "notices", "store", GROUND},
     "launch": {"checkpoint", "store", GROUND},
     "training": {"checkpoint", "store", GROUND},
     "checkpoint": {"store", GROUND},
     "store": {GROUND},
+    "notices": {GROUND},
     GROUND: set(),
 }
 MODULES = {

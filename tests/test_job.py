@@ -49,7 +49,7 @@ checkpoint:
   snapshot_every: {steps: 4}
   slots: 3
   keep: {last: 5, best: {metric: val_rmse, mode: max, count: 2}, every: {epochs: 10}}
-preemption: {grace: 2m}
+preemption: {grace: 2m, notices: [aws, azure]}
 restart: {failures: 0, backoff: {initial: 250ms, max: 1h}, hang_timeout: 1.5h, never: [2, 78]}
 health: {metrics: [train_loss], restore: healthy}
 """
@@ -94,7 +94,7 @@ def test_a_job_of_two_keys_gets_the_documented_defaults(load: Load, tmp_path: Pa
     assert job.checkpoint.keep.last == 3
     assert job.checkpoint.keep.best is None
     assert job.checkpoint.keep.every is None
-    assert job.preemption.grace_seconds == 30
+    assert (job.preemption.grace_seconds, job.preemption.notices) == (30, ())
     assert (job.restart.failures, job.restart.never) == (5, (2,))
     assert job.restart.backoff.initial_seconds == 1
     assert job.restart.backoff.max_seconds == 60
@@ -102,6 +102,7 @@ def test_a_job_of_two_keys_gets_the_documented_defaults(load: Load, tmp_path: Pa
     assert (job.health.metrics, job.health.restore) == ((), "warn")
     assert (job.checkpoint.compression, job.checkpoint.weights_every, job.s3) == (None, None, None)
     assert job.outputs.max_size_bytes == 2**30
+    assert (job.logs.max_size_bytes, job.logs.files) == (64 << 20, 8)
 
 
 def test_every_key_is_read(load: Load, tmp_path: Path) -> None:
@@ -126,7 +127,7 @@ def test_every_key_is_read(load: Load, tmp_path: Path) -> None:
     assert (keep.best.metric, keep.best.mode, keep.best.count) == ("val_rmse", "max", 2)
     assert keep.every is not None
     assert keep.every.epochs == 10
-    assert job.preemption.grace_seconds == 120
+    assert (job.preemption.grace_seconds, job.preemption.notices) == (120, ("aws", "azure"))
     assert (job.restart.failures, job.restart.never) == (0, (2, 78))
     assert job.restart.backoff.initial_seconds == 0.25
     assert job.restart.backoff.max_seconds == 3600
@@ -150,6 +151,7 @@ s3:
   conditional_writes: off
 checkpoint: {compression: zstd, weights_every: {epochs: 1}}
 outputs: {max_size: 500M}
+logs: {max_size: 1Gi, files: 16}
 """
 
 
@@ -173,6 +175,7 @@ def test_every_key_of_a_store_on_s3_is_read(load: Load) -> None:
     assert job.checkpoint.weights_every is not None
     assert job.checkpoint.weights_every.epochs == 1
     assert job.outputs.max_size_bytes == 500_000_000
+    assert (job.logs.max_size_bytes, job.logs.files) == (1 << 30, 16)
     with pytest.raises(ValueError, match="no directory"):
         _ = job.store_path
 
@@ -286,6 +289,18 @@ def test_a_byte_order_mark_and_comments_are_no_problem(load: Load) -> None:
     assert load(b"\xef\xbb\xbf# a job\n---\n" + MINIMAL.encode() + b"...\n").name == "a"
 
 
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [("95%", 0.95), ("50%", 0.5), ("99%", 0.99), ("on", 0.95), ("true", 0.95), ("off", 0.0)],
+)
+def test_the_memory_guard_is_a_share_or_a_switch(load: Load, written: str, meant: float) -> None:
+    job = load(f"{MINIMAL}resources: {{memory_guard: {written}}}\n")
+
+    assert job.resources.memory_guard == meant
+    assert Job.model_validate(job_as_submitted(job)) == job
+    assert load(MINIMAL).resources.memory_guard == 0.95
+
+
 # What is refused, and how it is said
 
 REFUSED = {
@@ -294,8 +309,10 @@ REFUSED = {
     "Store: x": "Store: is not a key of a job; did you mean store?",
     "grace: 5s": "grace: is not a key of a job; did you mean preemption.grace?",
     "image: x": "image: is not a key of a job; valid here: name, command, workdir",
-    "resources: {gpus: 1}": "resources: is not a key of a job",
-    "preemption: {grace: 5s, notices: [aws]}": "preemption.notices: is not a key",
+    "resources: {gpus: 1}": "resources.gpus: is not a key of a job",
+    "resources: {memory_guard: 49%}": "resources.memory_guard: expected a share from 50% to 99%",
+    "resources: {memory_guard: 100%}": "resources.memory_guard: expected a share from 50% to 99%",
+    "resources: {memory_guard: 0.95}": "resources.memory_guard: expected a share from 50% to 99%",
     "preemption: {grace_seconds: 5.0}": "preemption.grace_seconds: is not a key",
     "checkpoint: {keep: {best: {metrics: a, metric: b}}}": "keep.best.metrics: is not a key of a"
     " job; did you mean checkpoint.keep.best.metric?",
@@ -328,6 +345,11 @@ REFUSED = {
     "preemption: {grace: 0s}": "preemption.grace: expected a duration above zero",
     "preemption: {grace: 30}": "preemption.grace: expected a duration above zero",
     "preemption: {grace: [30s]}": "preemption.grace: expected a duration above zero",
+    "preemption: {notice: [aws]}": "preemption.notice: is not a key of a job; did you mean",
+    "preemption: {notices: aws}": "preemption.notices: expected a list, such as [a, b], got 'aws'",
+    "preemption: {notices: [AWS]}": "notices[0]: expected 'aws', 'gcp' or 'azure', got 'AWS'",
+    "preemption: {notices: [aws, gcp, 3]}": "notices[2]: expected 'aws', 'gcp' or 'azure', got 3",
+    "preemption: {notices: [gcp, gcp]}": "preemption.notices: expected each cloud once",
     "restart: {failures: -1}": "restart.failures: expected 0 or more, got -1",
     "restart: {backoff: {initial: 2m}}": "restart.backoff: expected initial (2m) to be at most max",
     "restart: {hang_timeout: 9999d}": "restart.hang_timeout: expected a duration above zero",
@@ -365,6 +387,9 @@ REFUSED = {
     "outputs: {max_size: 1GB}": "outputs.max_size: expected a size such as 8Gi, 512Mi, 500M or 40",
     "outputs: {max_size: 1024}": "outputs.max_size: expected a size such as 8Gi, 512Mi, 500M or",
     "outputs: {max_size: -1}": "outputs.max_size: expected a size such as 8Gi",
+    "logs: {max_size: 64}": "logs.max_size: expected a size such as 8Gi",
+    "logs: {files: 1}": "logs.files: expected",
+    "logs: {file: 8}": "logs.file: is not a key of a job; did you mean logs.files?",
     "outputs: {size: 1Gi}": "outputs.size: is not a key of a job; did you mean outputs.max_size?",
     "store: ''": "store: expected text, not nothing",
     "store: 5": "store: expected text, got 5; put it in quotes",
@@ -771,7 +796,7 @@ def test_a_submitted_job_has_the_names_and_units_of_the_file(load: Load, tmp_pat
 
     plain = job_as_submitted(load(COMPLETE))
 
-    assert plain["preemption"] == {"grace": "2m"}
+    assert plain["preemption"] == {"grace": "2m", "notices": ["aws", "azure"]}
     assert plain["restart"]["backoff"] == {"initial": "250ms", "max": "1h"}
     assert plain["restart"]["hang_timeout"] == "90m"
     assert plain["params"]["note"] is None
@@ -850,6 +875,9 @@ def test_the_schema_refuses_what_the_file_may_not_say() -> None:
     grace = schema["$defs"]["Preemption"]["properties"]["grace"]
     assert (grace["type"], grace["default"]) == ("string", "30s")
     assert re.search(grace["pattern"], "1.5h")
+    notices = schema["$defs"]["Preemption"]["properties"]["notices"]
+    assert notices["items"]["enum"] == ["aws", "gcp", "azure"]
+    assert (notices["type"], notices["uniqueItems"], notices["default"]) == ("array", True, [])
     store = schema["properties"]["store"]["pattern"]
     assert [bool(re.search(store, s)) for s in ("s3://bucket/x", "/runs", "a:b", "gs://x/y")] == [
         *(True, True, True, False)

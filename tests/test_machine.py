@@ -23,12 +23,15 @@ from runner.supervisor.machine import (
     Event,
     Exited,
     FencedOff,
+    Hint,
     Hurry,
     Interrupt,
     KillTree,
     Launch,
     LaunchFailed,
+    MemoryShort,
     Notice,
+    Overslept,
     PersistLeft,
     PersistNewest,
     Phase,
@@ -44,9 +47,12 @@ from runner.supervisor.machine import (
     SaveFailed,
     Say,
     StacksAsked,
+    StacksShown,
     State,
     StopAsked,
     Tick,
+    Unhealthy,
+    Worked,
     begin,
     step,
 )
@@ -69,7 +75,7 @@ def play(
 
 
 def sigterm(at: float, grace: float = GRACE) -> Notice:
-    return Notice(at, "SIGTERM", at + grace)
+    return Notice(at, "SIGTERM", at + grace, leave=True)
 
 
 RESTORING: tuple[Event, ...] = (Claimed(0.1, 1),)
@@ -78,6 +84,7 @@ TRAINED: tuple[Event, ...] = (*RUNNING, Progressed(1.0, "training"), Saved(2.0, 
 CRASHED: tuple[Event, ...] = (*TRAINED, Exited(3.0, 1))
 NEVER_AGAIN: tuple[Event, ...] = (*TRAINED, Exited(3.0, 2))
 HUNG: tuple[Event, ...] = (*TRAINED, Tick(601.1))
+STAYING: tuple[Event, ...] = (*TRAINED, Notice(5.0, "aws", 125.0), Saved(5.5, 11, True, 1.0))
 DRAINING: tuple[Event, ...] = (*TRAINED, sigterm(5.0))
 FINISHING: tuple[Event, ...] = (*TRAINED, Exited(5.0, 0))
 REFUSED: tuple[Event, ...] = tuple(  # as often as the budget allows
@@ -675,6 +682,164 @@ HISTORIES: dict[str, tuple[Sequence[Event], Phase, list[type[Action]], int]] = {
         START,
         0,
     ),
+    "it hangs, and py-spy has shown where": (
+        [*HUNG, StacksShown(601.2), Tick(601.6), Tick(601.7), Exited(601.8, -9)],
+        Phase.BACKOFF,
+        [*START, DumpStacks, KillTree, *FAILED],
+        0,
+    ),
+    "stacks that were asked for end nobody": (
+        [*TRAINED, StacksAsked(3.0), StacksShown(4.0), Tick(5.0)],
+        Phase.RUNNING,
+        [*START, DumpStacks],
+        0,
+    ),
+    "it hangs again after the restart": (
+        [
+            *HUNG,
+            Exited(602.2, -9),
+            Tick(603.2),
+            Claimed(604.0, 2),
+            RestoreReady(605.0, 10),
+            Tick(1204.9),
+            Tick(1205.1),
+        ],
+        Phase.STOPPING,
+        [*START, DumpStacks, *FAILED, *START, DumpStacks],
+        0,
+    ),
+    "a busy start is no hang": (
+        [*RUNNING, *(Worked(500.0 * i) for i in range(1, 7)), Tick(3590.0)],
+        Phase.RUNNING,
+        START,
+        0,
+    ),
+    "a start that is busy for ever is one": (
+        [*RUNNING, *(Worked(500.0 * i) for i in range(1, 9)), Tick(4101.0)],
+        Phase.STOPPING,
+        [*START, DumpStacks],
+        0,
+    ),
+    "a loop that is busy without a step is one": (
+        [*TRAINED, *(Worked(100.0 * i) for i in range(1, 6)), Tick(601.1)],
+        Phase.STOPPING,
+        [*START, DumpStacks],
+        0,
+    ),
+    "this supervisor was frozen for an hour, and the trainer with it": (
+        [*TRAINED, Overslept(3603.0, 3600.0), Tick(3603.1)],
+        Phase.RUNNING,
+        START,
+        0,
+    ),
+    "this supervisor was frozen, and then the trainer hangs": (
+        [*TRAINED, Overslept(3603.0, 3600.0), Tick(4200.9), Tick(4201.1)],
+        Phase.STOPPING,
+        [*START, DumpStacks],
+        0,
+    ),
+    # ------------------------------------------------------------ time to go on after a notice
+    "a notice with two minutes: it saves and stays": (
+        STAYING,
+        Phase.RUNNING,
+        ASKED,
+        0,
+    ),
+    "it stays for three quarters of the time": ([*STAYING, Tick(94.9)], Phase.RUNNING, ASKED, 0),
+    "it saves again in time, and leaves": (
+        [*STAYING, Tick(95.0), Exited(95.5, 75, True), Saved(96.0, 99), Drained(96.1)],
+        Phase.PREEMPTED,
+        [*ASKED, Ask, PersistNewest, EndAttempt],
+        exitcodes.PREEMPTED,
+    ),
+    "saves are slow: it leaves earlier": (
+        [*STAYING, Saved(20.0, 12, True, 20.0), Tick(65.0)],
+        Phase.DRAINING,
+        [*ASKED, Ask],
+        0,
+    ),
+    "no save was ever measured: half of the time is kept": (
+        [*TRAINED, Notice(5.0, "aws", 125.0), Tick(64.9), Tick(65.0)],
+        Phase.DRAINING,
+        [*ASKED, Ask],
+        0,
+    ),
+    "a notice with a few seconds: it leaves at once": (
+        [*TRAINED, Saved(3.0, 10, True, 1.0), Notice(5.0, "aws", 15.0)],
+        Phase.DRAINING,
+        ASKED,
+        0,
+    ),
+    "a save takes too long for two of them: it leaves at once": (
+        [*TRAINED, Saved(3.0, 10, True, 25.0), Notice(5.0, "aws", 95.0)],
+        Phase.DRAINING,
+        ASKED,
+        0,
+    ),
+    "SIGTERM while it stays": (
+        [*STAYING, sigterm(20.0), Exited(20.5, 75, True), Drained(21.0)],
+        Phase.PREEMPTED,
+        [*ASKED, Hurry, Ask, PersistNewest, EndAttempt],
+        exitcodes.PREEMPTED,
+    ),
+    "Ctrl-C while it stays": (
+        [*STAYING, Interrupt(20.0), Exited(20.5, 75, True), Drained(21.0)],
+        Phase.INTERRUPTED,
+        [*ASKED, Hurry, Ask, PersistNewest, EndAttempt],
+        exitcodes.INTERRUPTED,
+    ),
+    "the same notice once more": (
+        [*STAYING, Notice(30.0, "aws", 125.0), Tick(94.9)],
+        Phase.RUNNING,
+        [*ASKED, Hurry],
+        0,
+    ),
+    "a sooner deadline while it stays": (
+        [*STAYING, Notice(30.0, "aws", 60.0)],
+        Phase.RUNNING,
+        [*ASKED, Hurry],
+        0,
+    ),
+    "a deadline that is near while it stays": (
+        [*STAYING, Notice(30.0, "aws", 40.0)],
+        Phase.DRAINING,
+        [*ASKED, Hurry, Ask],
+        0,
+    ),
+    "it finishes while it stays": (
+        [*STAYING, Exited(30.0, 0), Saved(30.5, 20), Drained(30.6)],
+        Phase.SUCCEEDED,
+        [*ASKED, PersistNewest, EndAttempt],
+        exitcodes.FINISHED,
+    ),
+    "it crashes while it stays": (
+        [*STAYING, Exited(30.0, 1), Drained(30.6)],
+        Phase.PREEMPTED,
+        [*ASKED, PersistNewest, EndAttempt],
+        exitcodes.PREEMPTED,
+    ),
+    "the supervisor was frozen until after the deadline": (
+        [*STAYING, Overslept(200.0, 190.0), Tick(200.0)],
+        Phase.PREEMPTED,
+        [*ASKED, Ask, KillTree, EndAttempt],
+        exitcodes.PREEMPTED,
+    ),
+    "a hint is worth a save": ([*TRAINED, Hint(5.0, "aws")], Phase.RUNNING, [*START, Ask], 0),
+    "many hints are worth one save in a minute": (
+        [*TRAINED, *(Hint(5.0 + i, "aws") for i in range(0, 61, 10))],
+        Phase.RUNNING,
+        [*START, Ask, Ask],
+        0,
+    ),
+    "a hint after the notice": ([*STAYING, Hint(6.0, "aws")], Phase.RUNNING, ASKED, 0),
+    "a hint before anything runs": ([Hint(0.0, "aws")], Phase.STARTING, [Claim], 0),
+    # ------------------------------------------------------------ metrics that are not finite
+    "metrics are not finite: a warning": (
+        [*TRAINED, Unhealthy(3.0, 11, 10), Tick(3.1)],
+        Phase.RUNNING,
+        START,
+        0,
+    ),
     # ------------------------------------------------------------ requests
     "a save is asked for": ([*TRAINED, SaveAsked(3.0)], Phase.RUNNING, [*START, Ask], 0),
     "a save is asked for too late": ([*DRAINING, SaveAsked(5.1)], Phase.DRAINING, ASKED, 0),
@@ -709,7 +874,7 @@ FAILURE = {Phase.BACKOFF, Phase.STOPPING, Phase.FAILED}
 MOVES: dict[Phase, set[Phase]] = {  # the drawing at the top of the module
     Phase.STARTING: {Phase.RESTORING, Phase.DRAINING, *FAILURE},
     Phase.RESTORING: {Phase.RUNNING, Phase.DRAINING, *FAILURE},
-    Phase.RUNNING: {Phase.DRAINING, *FAILURE},
+    Phase.RUNNING: {Phase.DRAINING, Phase.PREEMPTED, *FAILURE},
     Phase.DRAINING: {Phase.SUCCEEDED, *A_SIGNAL},
     Phase.STOPPING: {Phase.BACKOFF, Phase.FAILED, *A_SIGNAL},
     Phase.BACKOFF: {Phase.STARTING, Phase.DRAINING},
@@ -1062,6 +1227,26 @@ def test_the_backoff_doubles_up_to_its_longest() -> None:
     assert waits == pytest.approx([1, 2, 4, 8, 10, 10, 10])
 
 
+def test_with_a_seed_the_backoff_is_between_half_of_that_and_all_and_never_the_same() -> None:
+    waits: dict[int, list[float]] = {}
+    for seed in (1, 2):
+        state, _ = begin(Policy(failures=20, backoff_max_seconds=8.0, seed=seed))
+        waits[seed] = []
+        for i in range(9):
+            state, _ = play(failing(100.0 * i)[:-1], state)
+            assert state.retry_at is not None
+            waits[seed].append(state.retry_at - (100.0 * i + 0.5))
+            state, _ = step(state, Tick(100.0 * i + 99.0))
+
+    longest = [1, 2, 4, 8, 8, 8, 8, 8, 8]
+    for seed in (1, 2):
+        assert all(
+            most / 2 <= wait <= most for wait, most in zip(waits[seed], longest, strict=True)
+        )
+        assert len(set(waits[seed])) == 9
+    assert not set(waits[1]) & set(waits[2])
+
+
 def test_a_budget_of_thousands_is_spent_without_an_error() -> None:
     state, _ = begin(Policy(failures=5000, backoff_max_seconds=1.0))
     state, performed = play(failures(2000), state)
@@ -1095,6 +1280,235 @@ def test_codes_that_are_never_tried_again_are_the_policys() -> None:
         assert state.exit_code == (code if phase is Phase.FAILED else 0)
 
 
+# ---------------------------------------------------------------- what is said
+
+
+def said(events: Iterable[Event], policy: Policy = POLICY) -> list[str]:
+    """Every message of a history."""
+    state, _ = begin(policy)
+    messages = []
+    for event in events:
+        state, actions = step(state, event)
+        messages += [action.message for action in actions if isinstance(action, Say)]
+    return messages
+
+
+AT_STEP_17 = Progressed(4.0, "training", 17)
+
+LOSSES: dict[str, tuple[Sequence[Event], int | None]] = {
+    "all is saved": (
+        [
+            *TRAINED,
+            AT_STEP_17,
+            sigterm(5.0),
+            Exited(5.5, 75, True, 17, 17),
+            Saved(6.0, 17),
+            Drained(6.1),
+        ],
+        None,
+    ),
+    "no boundary came: an older snapshot was saved": (
+        [*TRAINED, AT_STEP_17, sigterm(5.0), Tick(12.5), Saved(13.0, 15), Drained(13.0)],
+        2,
+    ),
+    "the newest is not saved in time, the last periodic checkpoint stands": (
+        [*TRAINED, AT_STEP_17, sigterm(5.0), Exited(5.5, 75, True, 17, 17), Tick(34.0)],
+        7,
+    ),
+    "nothing was ever saved": (
+        [*RUNNING, AT_STEP_17, sigterm(5.0), Tick(12.5), Tick(34.0)],
+        17,
+    ),
+    "Ctrl-C twice": ([*TRAINED, AT_STEP_17, Interrupt(5.0), Interrupt(5.5)], 7),
+    "Ctrl-C twice with nothing new since the checkpoint": (
+        [*TRAINED, Progressed(4.0, "training", 10), Interrupt(5.0), Interrupt(5.5)],
+        None,
+    ),
+    "the store had an older step than this node's slot": (
+        [*RESTORING, RestoreReady(0.2, 30, 20), Interrupt(5.0), Interrupt(5.5)],
+        10,
+    ),
+    "after going back, what was saved before does not count": (
+        [
+            *TRAINED,
+            Saved(2.5, 40),
+            Exited(3.0, 1),
+            Tick(9.0),
+            Claimed(9.1, 2),
+            RestoreReady(9.2, 20, 40),
+            Progressed(9.5, "training", 25),
+            Interrupt(10.0),
+            Interrupt(10.1),
+        ],
+        5,
+    ),
+    "finished, and not saved in time": (
+        [*TRAINED, Exited(5.0, 0, False, 20, 20), sigterm(5.1), Tick(34.2)],
+        10,
+    ),
+}
+
+
+@pytest.mark.parametrize(("events", "lost"), LOSSES.values(), ids=list(LOSSES))
+def test_it_says_at_the_end_how_many_steps_are_lost(
+    events: Sequence[Event], lost: int | None
+) -> None:
+    told = [message for message in said(events) if "are lost" in message]
+
+    assert len(told) == (0 if lost is None else 1)
+    assert all(message.endswith(f": {lost} steps are lost") for message in told)
+
+
+def test_a_run_that_is_given_up_says_what_was_tried_and_what_to_try() -> None:
+    policy = Policy(failures=2, logs="`runner logs my-run`")
+    crash = [*failing(0.0, durable=30, left=31), *failing(100.0, left=31)]
+    hang = [Claimed(200.0, 3), RestoreReady(200.1, 30), Tick(801.0), Exited(802.0, -9, False, 31)]
+
+    (message,) = [m for m in said([*crash, *hang], policy) if m.startswith("given up")]
+
+    assert "it failed 3 times in a row without a new step, last of hang" in message
+    assert "the trainer exited with code 1 (2 times)" in message
+    assert "step 30 is saved" in message
+    assert "`runner logs my-run`" in message
+    assert "--from STEP" in message
+
+
+def test_a_run_that_never_comes_to_a_step_is_told_to_be_tried_by_hand() -> None:
+    (message,) = [m for m in said(failures(3), Policy(failures=2)) if m.startswith("given up")]
+
+    assert "no step was finished" in message
+    assert "by hand" in message
+
+
+# ---------------------------------------------------------------- metrics that are not finite
+
+
+HEALTHY_ONLY = Policy(failures=3, restore_healthy=True, backoff_max_seconds=1.0)
+
+
+def sick_life(at: float, since: int, saved_sick: int) -> list[Event]:
+    """An attempt that goes wrong at step `since` and is ended some steps later.
+
+    `saved_sick` is what a checkpoint in between says, which is as ill as the rest.
+    """
+    return [
+        Claimed(at, 1),
+        RestoreReady(at + 0.1, 0),
+        Saved(at + 0.2, saved_sick, healthy=False),
+        Unhealthy(at + 0.3, since, 10),
+        Tick(at + 0.4),
+        Exited(at + 0.5, -9, left_step=saved_sick + 1),
+        Tick(at + 99.0),
+    ]
+
+
+def test_a_trainer_whose_metrics_stay_bad_is_ended_and_begins_from_a_healthy_checkpoint() -> None:
+    events = sick_life(0.0, since=100, saved_sick=109)
+
+    state, performed = play(events, policy=HEALTHY_ONLY)
+
+    assert [type(action) for action in performed] == [*START, KillTree, *FAILED, Claim]
+    assert EndAttempt("failed", "metrics have not been finite since step 100") in performed
+    assert state.phase is Phase.STARTING
+
+
+def test_going_bad_at_one_step_again_and_again_uses_up_the_budget() -> None:
+    """How far it came while it was ill is no progress, even if that is further each time."""
+    events = [e for i in range(9) for e in sick_life(100.0 * i, since=100, saved_sick=110 + i)]
+
+    state, performed = play([*events, Drained(950.0)], policy=HEALTHY_ONLY)
+
+    assert (state.phase, state.exit_code) == (Phase.FAILED, exitcodes.GIVEN_UP)
+    assert [a.go_back for a in performed if isinstance(a, Restore)] == [0, 0, 1, 2]
+
+
+def test_going_bad_at_a_later_step_each_time_is_progress() -> None:
+    events = [e for i in range(9) for e in sick_life(100.0 * i, since=100 + i, saved_sick=110 + i)]
+
+    state, _ = play(events, policy=HEALTHY_ONLY)
+
+    assert (state.phase, state.failures) == (Phase.STARTING, 1)
+
+
+def test_an_unhealthy_checkpoint_counts_as_progress_where_nobody_wants_healthy_ones() -> None:
+    saved = Saved(0.3, 50, healthy=False)
+
+    either = [play([*RUNNING, saved], policy=Policy(restore_healthy=w))[0] for w in (False, True)]
+
+    assert [state.durable_step for state in either] == [50, 0]
+    assert [state.kept_step for state in either] == [50, 50]
+
+
+# ---------------------------------------------------------------- hangs with a rhythm of their own
+
+
+def rhythm(pause: float, count: int, activity: str = "training") -> list[Event]:
+    """`count` pauses of one length, after a first step of 300 s."""
+    begun = Progressed(300.0, activity)
+    return [begun, *(Progressed(300.0 + pause * (i + 1), activity) for i in range(count))]
+
+
+def idle_until_hung(events: Sequence[Event], policy: Policy = POLICY) -> float:
+    """Seconds without progress, after this history, until it counts as a hang; in tenths."""
+    state, _ = play([*RUNNING, *events], policy=policy)
+    begun = state.progress_at
+    for tenths in range(1, 100_000):
+        state, actions = step(state, Tick(begun + tenths / 10))
+        if any(isinstance(action, DumpStacks) for action in actions):
+            return tenths / 10
+    raise AssertionError("it never counts as hung")
+
+
+LIMITS: dict[str, tuple[Sequence[Event], float]] = {
+    "nothing is known: the job's limit": ([], 600.0),
+    "49 pauses are too few": (rhythm(0.1, 49), 600.0),
+    "50 pauses: a minute at least": (rhythm(0.1, 50), 60.0),
+    "long steps: ten times as long as nearly all of them": (rhythm(20.0, 60), 200.0),
+    "longer than the job's limit, if the steps are": (rhythm(100.0, 60), 1000.0),
+    "another activity knows nothing of that": (
+        [*rhythm(0.1, 60), Progressed(400.0, "validation")],
+        600.0,
+    ),
+}
+
+
+@pytest.mark.parametrize(("events", "seconds"), LIMITS.values(), ids=list(LIMITS))
+def test_the_limit_of_a_hang_is_learned_for_each_activity(
+    events: Sequence[Event], seconds: float
+) -> None:
+    assert idle_until_hung(events) == pytest.approx(seconds, abs=0.11)
+
+
+def test_a_limit_of_less_than_a_minute_is_obeyed() -> None:
+    policy = replace(POLICY, hang_timeout_seconds=9.0)
+
+    assert idle_until_hung([Progressed(0.3 * i, "training") for i in range(1, 99)], policy) <= 9.1
+
+
+def test_a_learned_limit_that_has_ended_an_attempt_is_not_believed_again() -> None:
+    first = [*rhythm(0.1, 60), Tick(400.0), Exited(402.0, -9), Tick(499.0)]
+    second = [Claimed(500.0, 2), RestoreReady(500.0, 0)]
+    again = [Progressed(500.0 + 0.1 * i, "training") for i in range(1, 99)]
+
+    hung, performed = play([*RUNNING, *first])
+    assert hung.phase is Phase.STARTING
+    assert DumpStacks() in performed
+    assert idle_until_hung([*first, *second, *again]) == pytest.approx(600.0, abs=0.11)
+
+
+def test_a_new_attempt_compiles_anew_and_has_the_jobs_limit() -> None:
+    first = [*rhythm(0.1, 60), Exited(400.0, 1), Tick(499.0)]
+    second = [Claimed(500.0, 2), RestoreReady(500.0, 0), Progressed(500.1, "training")]
+
+    assert idle_until_hung([*first, *second]) == pytest.approx(600.0, abs=0.11)
+
+
+def test_it_is_told_what_it_was_doing_when_it_hung() -> None:
+    history = [*TRAINED, Progressed(3.0, "validation"), Tick(604.0)]
+
+    assert any("no progress for 601 s (validation)" in message for message in said(history))
+
+
 # ---------------------------------------------------------------- the end is the end
 
 
@@ -1125,6 +1539,13 @@ EVENTS_OF_EACH_KIND: list[Event] = [
     SaveAsked(999.0),
     Relayed(999.0, 1),
     StacksAsked(999.0),
+    StacksShown(999.0),
+    Hint(999.0, "x"),
+    MemoryShort(999.0, 95, 100),
+    Notice(999.0, "aws", 1119.0),
+    Unhealthy(999.0, 5, 10),
+    Overslept(999.0, 60.0),
+    Worked(999.0),
     FencedOff(999.0, "x"),
     Tick(9999.0),
 ]
@@ -1155,8 +1576,14 @@ def histories(draw: st.DrawFn) -> list[Event]:
         PreparationFailed: st.tuples(texts, st.booleans()),
         LaunchFailed: st.tuples(texts),
         Exited: st.tuples(codes, st.booleans(), st.integers(-1, 9)),
-        Progressed: st.tuples(st.sampled_from(["training", "after training"])),
-        Saved: st.tuples(st.integers(0, 9)),
+        Progressed: st.tuples(st.sampled_from(["training", "after training"]), st.integers(-1, 9)),
+        Saved: st.tuples(st.integers(0, 9), st.booleans(), st.sampled_from([None, 0.5, 40.0])),
+        Hint: st.tuples(texts),
+        Unhealthy: st.tuples(st.integers(0, 9), st.integers(1, 9)),
+        Overslept: st.tuples(st.sampled_from([6.0, 3600.0])),
+        Worked: st.just(()),
+        MemoryShort: st.tuples(st.just(95), st.just(100), st.booleans()),
+        StacksShown: st.just(()),
         Drained: st.just(()),
         SaveFailed: st.tuples(texts),
         Interrupt: st.just(()),
@@ -1174,7 +1601,12 @@ def histories(draw: st.DrawFn) -> list[Event]:
         kind = draw(st.sampled_from([*kinds, Notice, *usual, *usual, *usual]))
         if kind is Notice:
             events.append(
-                Notice(at, "SIGTERM", at + draw(st.sampled_from([0.0, 2.0, 30.0, 120.0])))
+                Notice(
+                    at,
+                    "x",
+                    at + draw(st.sampled_from([0.0, 2.0, 30.0, 120.0])),
+                    leave=draw(st.booleans()),
+                )
             )
         else:
             events.append(kind(at, *draw(kinds[kind])))
@@ -1186,6 +1618,8 @@ POLICIES = st.builds(
     failures=st.sampled_from([0, 1, 5]),
     never=st.sampled_from([(), (2,), (2, 3)]),
     hang_timeout_seconds=st.sampled_from([5.0, 600.0]),
+    restore_healthy=st.booleans(),
+    seed=st.sampled_from([None, 1]),
 )
 
 
@@ -1242,6 +1676,7 @@ def test_no_history_breaks_the_machine(policy: Policy, events: list[Event]) -> N
             assert kinds.count(Hurry) == 1, "the store does not hear of the deadline"
         if state.phase in TERMINAL:
             assert not running, "a trainer is left behind"
+            assert state.leave_at is None
             known = {0, 2, 70, 75, 76, 130, *policy.never}
             assert state.exit_code in known
             assert (state.exit_code == 0) == (state.phase is Phase.SUCCEEDED)
@@ -1249,6 +1684,10 @@ def test_no_history_breaks_the_machine(policy: Policy, events: list[Event]) -> N
             assert (state.exit_code != 0) == (state.goal is Phase.FAILED)
             assert (state.goal is None) or state.phase in (Phase.DRAINING, Phase.STOPPING)
             assert state.durable_at_failure >= before.durable_at_failure
+            if state.leave_at is not None:
+                assert state.phase is Phase.RUNNING, "it stays, and nothing else"
+                assert state.deadline is not None
+                assert state.leave_at < state.deadline, "the last save has no time"
         if before.goal is not None and state.phase in TERMINAL - {Phase.FENCED}:
             saved = isinstance(event, Drained) and not before.again
             out_of_time = isinstance(event, Tick) and before.deadline is not None
@@ -1256,3 +1695,54 @@ def test_no_history_breaks_the_machine(policy: Policy, events: list[Event]) -> N
             assert saved or out_of_time or twice, "what is in the slots was being saved"
         if isinstance(event, Tick) and before.deadline is not None:
             assert event.at < before.deadline or state.phase in TERMINAL, "the grace is over"
+
+
+# ---------------------------------------------------------------- memory that runs out
+
+SHORT = MemoryShort(10.0, 950_000_000, 1_000_000_000)
+URGENT = MemoryShort(11.0, 990_000_000, 1_000_000_000, urgent=True)
+
+MEMORY: dict[str, tuple[Sequence[Event], Phase, list[type[Action]]]] = {
+    "the trainer is asked to save and to leave": ([*TRAINED, SHORT], Phase.STOPPING, [*START, Ask]),
+    "it has left: it is started again": (
+        [*TRAINED, SHORT, Exited(12.0, 75, obeyed=True, left_step=20)],
+        Phase.BACKOFF,
+        [*START, Ask, *FAILED],
+    ),
+    "it comes to no boundary": (
+        [*TRAINED, SHORT, Tick(39.9), Tick(40.0)],
+        Phase.STOPPING,
+        [*START, Ask, KillTree],
+    ),
+    "it goes on growing": ([*TRAINED, SHORT, URGENT], Phase.STOPPING, [*START, Ask, KillTree]),
+    "it grows at once": ([*TRAINED, URGENT], Phase.STOPPING, [*START, KillTree]),
+    "before it has its state": (
+        [*RESTORING, SHORT, RestoreReady(11.0, 0)],
+        Phase.BACKOFF,
+        [*START, *FAILED],
+    ),
+    "while it is asked to end anyway": ([*DRAINING, SHORT], Phase.DRAINING, ASKED),
+    "while it is asked to end, and it goes on growing": (
+        [*DRAINING, URGENT],
+        Phase.DRAINING,
+        [*ASKED, KillTree],
+    ),
+    "of others, between two attempts": ([*CRASHED, SHORT], Phase.BACKOFF, [*START, *FAILED]),
+}
+
+
+@pytest.mark.parametrize(("events", "phase", "kinds"), MEMORY.values(), ids=MEMORY)
+def test_a_trainer_is_ended_before_its_memory_is_used_up(
+    events: Sequence[Event], phase: Phase, kinds: list[type[Action]]
+) -> None:
+    state, actions = play(events)
+
+    assert (state.phase, [type(action) for action in actions]) == (phase, kinds)
+
+
+def test_the_cause_of_a_failure_names_the_memory() -> None:
+    _, actions = play([*TRAINED, SHORT, Exited(12.0, 75, obeyed=True, left_step=20)])
+
+    assert EndAttempt("failed", "memory: used 950 MB of 1000 MB") in actions
+    _, actions = play([*TRAINED, Exited(12.0, -9, left_step=20, cause="out of memory")])
+    assert EndAttempt("failed", "out of memory") in actions

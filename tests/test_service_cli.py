@@ -468,11 +468,16 @@ def test_a_machine_without_runs_has_none_to_list(node: Node) -> None:
 
 
 def test_the_logs_are_what_the_trainer_printed(finished: Node, printed: list[str]) -> None:
-    logs = finished.call("logs", "job")
+    logs = finished.call("logs", "job", "--stream", "out", "--stream", "err")
+    whole = finished.call("logs", "job")
 
     assert (logs.code, logs.err) == (0, "")
     assert logs.out.splitlines() == printed
-    assert finished.call("logs", "job", "--follow").out == logs.out, "it is over: nothing to follow"
+    said = [line for line in whole.out.splitlines() if not line.startswith("runner: ")]
+    assert said == printed
+    assert len(whole.out.splitlines()) > len(printed), "the supervisor has its say, too"
+    followed = finished.call("logs", "job", "--follow")
+    assert followed.out == whole.out, "it is over: nothing to follow"
 
 
 def test_a_run_that_is_over_cannot_be_stopped_and_need_not_be_waited_for(finished: Node) -> None:
@@ -575,7 +580,10 @@ def test_a_live_run_is_seen_followed_and_stopped(node: Node) -> None:
     assert (status["live"], list(status)) == (True, STATUS_KEYS)
     assert f"process {status['pid']}" in detached.err
     assert is_running(status["pid"])
-    following, waiting = node.start("logs", "job", "-f"), node.start("wait", "job")
+    following, waiting = (
+        node.start("logs", "job", "-f", "--stream", "out"),
+        node.start("wait", "job"),
+    )
     following.wait_for("ready")
     second, other_way = node.call("run", job), node.run("submit", job, "--detach")
     for refused in (second, other_way):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -35,7 +35,9 @@ class AttemptRecord:
     """One attempt as the store remembers it; the outcome is None until it has ended.
 
     A record whose supervisor was killed keeps what it began from and the last checkpoint that it
-    committed. Times are ISO 8601 in UTC, durations seconds.
+    committed. `went_back_from` names the checkpoints that were passed over on purpose, because the
+    run had failed again and again behind them: nothing begins from them any more. Times are ISO
+    8601 in UTC, durations seconds.
     """
 
     attempt: int
@@ -44,6 +46,7 @@ class AttemptRecord:
     started_at: str
     resumed_from: str | None = None
     start_step: int = 0
+    went_back_from: tuple[str, ...] = ()
     first_step_at: str | None = None
     committed: str | None = None
     saved_step: int | None = None
@@ -63,7 +66,9 @@ class AttemptRecord:
         try:
             document = json.loads(data)
             known = {field.name for field in fields(cls)}
-            return cls(**{key: value for key, value in document.items() if key in known})
+            facts = {key: value for key, value in document.items() if key in known}
+            facts["went_back_from"] = tuple(map(str, facts.get("went_back_from", ())))
+            return cls(**facts)
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise StoreError(f"an attempt's record is unreadable: {error}") from error
 
@@ -74,6 +79,9 @@ class Ledger:
     def __init__(self, store: Store, run_id: str, owner: str) -> None:
         self._store, self.run_id, self.owner = store, run_id, owner
         self.record: AttemptRecord | None = None
+        self.gone_back: frozenset[str] = frozenset()
+        """What the run has gone back from, as far as this ledger was told or has looked."""
+        self._has_looked = False
         self._changing = threading.Lock()
 
     def run(self) -> dict[str, Any] | None:
@@ -102,6 +110,23 @@ class Ledger:
         latest = read_latest(self._store, self.run_id)
         records = map(self._read, self._numbers())
         return [_with_commit(record, latest) for record in records if record is not None]
+
+    def look_for_gone_back(self) -> frozenset[str]:
+        """What all attempts until now have gone back from; afterwards it is in `gone_back`.
+
+        Nobody else adds to it while the run is this owner's, so the store is asked once.
+        """
+        if not self._has_looked:
+            names = (name for record in self.records() for name in record.went_back_from)
+            self.gone_back |= frozenset(names)
+            self._has_looked = True
+        return self.gone_back
+
+    def went_back(self, names: Sequence[str]) -> None:
+        """Note in this attempt's record what it has gone back from."""
+        if names:
+            self.gone_back |= frozenset(names)
+            self.update(went_back_from=tuple(names))
 
     def latest(self) -> AttemptRecord | None:
         """The newest attempt, whoever has it."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from runner.checkpoint.format import CheckpointName, FileImage
 from runner.checkpoint.manifest import Manifest, Moment, moment_from_json, moment_to_json
 from runner.checkpoint.persist import Persister
 from runner.checkpoint.restore import Loaded, load, load_newest
+from runner.checkpoint.urgency import Upload, worth_abandoning
 from runner.checkpoint.weights import weights_alone
 from runner.errors import (
     Abandoned,
@@ -90,8 +91,12 @@ class Keeper:
         self._claims = Claims(rank)
         self._durable = _NEVER
         self._restoring: Marker | None = None
+        self._begun_from: CheckpointName | None = None
         self._saving = threading.RLock()
         self._awaited: tuple[int, int] | None = None
+        self._awaited_bytes = 0
+        self._deadline: float | None = None
+        self._bytes_per_second: float | None = None
 
     # ------------------------------------------------------------------ restoring
 
@@ -101,16 +106,20 @@ class Keeper:
         """Prepare what the next attempt begins from; None if the run is at its very start.
 
         The newest of a complete slot on this node and the store wins; `go_back` passes over so
-        many checkpoints, and over all slots. `which` names another checkpoint of this run instead;
-        `origin` is what a run begins from that has none of its own yet. Raises UnknownName,
-        NoValidCheckpoint, StoreError or SpoolFull.
+        many checkpoints, and over all slots; or, if this keeper has restored before, over what it
+        restored then, and all that came of it; what the run has gone back from once counts no more,
+        in this attempt and in all that follow. `which` names another checkpoint of this run
+        instead; `origin` is what a run begins from that has none of its own yet. Raises
+        UnknownName, NoValidCheckpoint, StoreError or SpoolFull.
         """
         begun = time.monotonic()
         self._let_go()
         self._persister.look_again()
         self._claims.recover()
         self._drop_foreign()
-        newest = next((m for m in self._archive.manifests() if m.moment.scope == "full"), None)
+        gone_back = self._persister.ledger.look_for_gone_back()
+        full = (m for m in self._archive.manifests() if m.moment.scope == "full")
+        newest = next((m for m in full if m.name not in gone_back), None)
         stored = _NEVER if newest is None else newest.moment.name
         source = "slot"
         held = None if go_back or which else self._newest_slot(stored)
@@ -131,6 +140,7 @@ class Keeper:
             return None
         marker, moment = held
         self._restoring = marker
+        self._begun_from = None if is_foreign(marker) else moment.name
         self._rank.send("restore.json", asdict(marker))
         return Resumption(moment, marker.slot, source, time.monotonic() - begun)
 
@@ -171,7 +181,8 @@ class Keeper:
                 log.error("%s; it is not used", error)
                 self._claims.drop(marker.slot)
                 continue
-            if moment.healthy or not self._prefer_healthy:
+            avoided = str(moment.name) in self._persister.ledger.gone_back
+            if not avoided and (moment.healthy or not self._prefer_healthy):
                 return marker, moment
             self._claims.release(marker.slot)
         return None
@@ -182,9 +193,17 @@ class Keeper:
             self._persister.ledger,
             self._slot_memory,
             skip=go_back,
+            before=self._begun_from,
+            gone_back=self._persister.ledger.gone_back,
             prefer_healthy=self._prefer_healthy,
         )
-        return None if loaded is None else self._hold(loaded, {})
+        if loaded is None:
+            return None
+        if loaded.passed_over:
+            # Before anything begins from the older one: else it would be forgotten by a kill.
+            self._persister.ledger.went_back(loaded.passed_over)
+            log.warning("going back from %s", ", ".join(reversed(loaded.passed_over)))
+        return self._hold(loaded, {})
 
     def _named(self, manifest: Manifest) -> tuple[Marker, Moment]:
         if manifest.moment.scope != "full":
@@ -228,6 +247,15 @@ class Keeper:
 
     # ------------------------------------------------------------------ persisting
 
+    def hurry(self, deadline: float) -> None:
+        """This node will be gone at that moment of the monotonic clock."""
+        self._deadline = deadline
+
+    @property
+    def durable_step(self) -> int:
+        """The step of the newest checkpoint in the store, -1 if there is none."""
+        return self._durable.step
+
     def persist_due(self) -> list[Saved]:
         """Persist every slot that must be, oldest first, until a newer one is waited for.
 
@@ -250,10 +278,13 @@ class Keeper:
     def persist_newest(self, triggers: Sequence[str]) -> Saved | None:
         """Persist the newest complete slot with these triggers added; None if it is durable.
 
-        An older one that is being persisted is abandoned, and waits in its slot.
+        An older one that is being persisted is abandoned, and waits in its slot; but it goes first
+        if a deadline leaves no time for the newer one.
         """
         complete = self._own_slots()
-        self._awaited = complete[-1].order if complete else None
+        if complete:
+            self._awaited_bytes = _nbytes(complete[-1])
+            self._awaited = complete[-1].order
         try:
             with self._saving:
                 for marker in reversed(self._own_slots()):  # what was waited for may be saved
@@ -271,10 +302,28 @@ class Keeper:
     def _own_slots(self) -> list[Marker]:
         return [marker for marker in self._claims.complete() if not is_foreign(marker)]
 
-    def _gives_way(self, marker: Marker) -> bool:
-        """Whether a newer state than this one is waited for."""
-        awaited = self._awaited
-        return awaited is not None and marker.order < awaited
+    def _gives_way(self, marker: Marker, on_its_way: Upload | None = None) -> bool:
+        """Whether a newer state than this one is waited for, and can be had in time."""
+        awaited, deadline = self._awaited, self._deadline
+        if awaited is None or marker.order >= awaited:
+            return False
+        if on_its_way is None:
+            return True
+        left = None if deadline is None else deadline - time.monotonic()
+        return worth_abandoning(on_its_way, self._awaited_bytes, left, self._bytes_per_second)
+
+    def _watch(self, marker: Marker, files: Mapping[str, memoryview]) -> Callable[[], bool]:
+        """What the persister asks before each part: whether to give way. It tells how far it is."""
+        begun, nbytes, parts = time.monotonic(), sum(map(len, files.values())), 0
+        all_parts = sum(-(-len(f) // fmt.part_bytes_for(len(f))) for f in files.values()) or 1
+
+        def gives_way() -> bool:
+            nonlocal parts
+            given = nbytes * min(parts, all_parts) // all_parts
+            parts += 1
+            return self._gives_way(marker, Upload(nbytes, given, time.monotonic() - begun))
+
+        return gives_way
 
     def _persist(self, slot: int, triggers: Sequence[str], *, newest: bool = False) -> Saved | None:
         """Persist a slot: all of it, or its weights alone if that is what it is for."""
@@ -296,12 +345,13 @@ class Keeper:
             files = weights_alone(files, marker.weights.components)
         try:
             manifest = self._persister.persist(
-                moment, files, marker.facts, lambda: self._gives_way(marker)
+                moment, files, marker.facts, self._watch(marker, files)
             )
         except BaseException:
             self._claims.release(slot, must=True)
             raise
         durable_at = time.monotonic()
+        self._bytes_per_second = sum(map(len, files.values())) / max(durable_at - begun, 1e-3)
         if moment.scope == "full":
             self._durable = max(self._durable, moment.name)
         self._claims.release(slot, must=False)
@@ -380,6 +430,12 @@ def read_restore(rank: RankSpool) -> Marker | None:
 def is_foreign(marker: Marker) -> bool:
     """Whether a slot holds another run's checkpoint, whose attempts and saves mean nothing here."""
     return "origin" in marker.facts
+
+
+def _nbytes(marker: Marker) -> int:
+    """What its files take, as far as it can be read: whether it is sound is asked later."""
+    sizes = (image.get("size") for image in marker.images if isinstance(image, Mapping))
+    return sum(size for size in sizes if isinstance(size, int))
 
 
 def _marker(slot: int, loaded: Loaded, facts: Mapping[str, Any]) -> Marker:

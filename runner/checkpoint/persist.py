@@ -186,15 +186,28 @@ class Persister:
         return self._known
 
     def retain(self) -> list[str]:
-        """Delete what the policy no longer keeps; the names of what went."""
+        """Delete what the policy no longer keeps; the names of what went.
+
+        Checkpoints that the run has gone back from are counted apart: they must not crowd out
+        those before them, to which it may have to go back next.
+        """
         known = self._all_known()
-        moments = [manifest.moment for manifest in known.values()]
+        avoided = self.ledger.gone_back
         record = self.ledger.record or self.ledger.latest()
         protected = {record.resumed_from or ""} if record else set()
-        if not superfluous(moments, self.keep, protected):
+
+        def going() -> list[str]:
+            moments = [manifest.moment for manifest in known.values()]
+            ways = (
+                [m for m in moments if str(m.name) not in avoided],
+                [m for m in moments if str(m.name) in avoided],
+            )
+            return [str(m.name) for way in ways for m in superfluous(way, self.keep, protected)]
+
+        if not going():
             return []
         protected |= pins(self.store, self.ledger.run_id)
-        gone = [str(moment.name) for moment in superfluous(moments, self.keep, protected)]
+        gone = going()
         for name in gone:
             files = [file.name for file in known[name].files]
             delete_checkpoint(self.store, self.ledger, name, files)

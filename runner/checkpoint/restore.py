@@ -1,18 +1,20 @@
 """Which checkpoint a run continues from, and bringing it, verified, into memory.
 
-The newest that is sound wins. A corrupt one is marked in `quarantine/` and the one before it is
-tried; a store that refuses or times out proves nothing and is an error. If the run has committed
-checkpoints and none of them verifies, that is an error too: it never starts anew in silence.
+The newest that is sound wins, but for those that the run has gone back from. A corrupt one is
+marked in `quarantine/` and the one before it is tried; a store that refuses or times out proves
+nothing and is an error. If the run has committed checkpoints and none of them verifies, that is an
+error too: it never starts anew in silence.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 
 from runner.checkpoint.archive import Archive, Layout
 from runner.checkpoint.attempts import Ledger
+from runner.checkpoint.format import CheckpointName
 from runner.checkpoint.manifest import Manifest
 from runner.errors import CheckpointCorrupt, NotFound, NoValidCheckpoint
 
@@ -21,10 +23,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Loaded:
-    """A verified checkpoint in memory."""
+    """A verified checkpoint in memory. `passed_over` names newer ones that were gone back from."""
 
     manifest: Manifest
     layout: Layout
+    passed_over: tuple[str, ...] = ()
 
 
 def load_newest(
@@ -33,23 +36,31 @@ def load_newest(
     allocate: Callable[[int], memoryview],
     *,
     skip: int = 0,
+    before: CheckpointName | None = None,
+    gone_back: Collection[str] = (),
     prefer_healthy: bool = False,
 ) -> Loaded | None:
     """Lay the newest sound checkpoint into memory that `allocate(nbytes)` gives.
 
-    `skip` goes back by so many (never past the oldest); if there is no sound one as old as that,
-    a newer one has to do. None if the run has never committed one. Raises NoValidCheckpoint,
-    StoreError, or what `allocate` raises.
+    `skip` goes back by so many, or, where it is known, to what comes `before` the one that did not
+    lead on (never past the oldest); if there is no sound one as old as that, a newer one has to do.
+    Those in `gone_back` are not counted, and are tried last. None if the run
+    has never committed one. Raises NoValidCheckpoint, StoreError, or what `allocate` raises.
     """
     full = [m for m in _readable(archive) if m.moment.scope == "full"]
-    wanted = [m for m in full if m.moment.healthy and prefer_healthy] or full
-    last_resort = [m for m in full if m not in wanted]
+    trusted = [m for m in full if m.name not in gone_back] or full
+    wanted = [m for m in trusted if m.moment.healthy and prefer_healthy] or trusted
+    last_resort = [m for m in trusted if m not in wanted]
+    last_resort += [m for m in full if m not in trusted]
+    if skip and before is not None:
+        skip = sum(manifest.moment.name >= before for manifest in wanted)
     for manifest in [*wanted[skip:], *reversed(wanted[:skip]), *last_resort]:
         if not manifest.moment.healthy:
             log.warning("%s holds metrics that are not finite", manifest.name)
         loaded = load(archive, manifest, allocate)
         if loaded is not None:
-            return loaded
+            newer = full[: full.index(manifest)] if skip else []
+            return replace(loaded, passed_over=tuple(m.name for m in newer))
     committed = [record.committed for record in ledger.records() if record.committed]
     if committed or archive.quarantined():
         raise NoValidCheckpoint(

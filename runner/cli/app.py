@@ -13,7 +13,7 @@ import sys
 import typer
 
 from runner import exitcodes
-from runner.cli import checkpoints, doctor, looking, running
+from runner.cli import checkpoints, doctor, logs, looking, running
 from runner.cli.common import print_json
 from runner.errors import RunnerError, StoreDenied, StoreUnfit, UsageError
 
@@ -25,7 +25,7 @@ app = typer.Typer(
     help="Run training jobs that survive preemption, bit for bit.",
 )
 for command in (
-    *(running.submit, running.run, looking.status, looking.logs, looking.stop, looking.wait),
+    *(running.submit, running.run, looking.status, logs.logs, looking.stop, looking.wait),
     *(running.simulate, doctor.doctor),
 ):
     app.command()(command)
@@ -44,6 +44,7 @@ def schema() -> None:
 
 def main() -> None:
     """The console script: no traceback for an error that was raised on purpose or by the system."""
+    _have_standard_streams()
     logging.basicConfig(
         level=logging.INFO, format="runner: %(message)s", stream=sys.stderr, force=True
     )
@@ -60,6 +61,15 @@ def main() -> None:
     except OSError as error:
         typer.echo(f"runner: the system refuses: {error}", err=True)
         sys.exit(exitcodes.GIVEN_UP)
+
+
+def _have_standard_streams() -> None:
+    """A stream that was closed would be the next file that is opened, and be printed into."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets the lowest number
 
 
 def _end_early_on_signals() -> None:

@@ -58,7 +58,7 @@ def submit(
             typer.echo(started.log.read_text(errors="replace"), err=True, nl=False)
             code = started.exit_code
             raise typer.Exit(code if code >= 0 else exitcodes.GIVEN_UP)
-        typer.echo(f"process {started.pid}; its log is {started.log}", err=True)
+        typer.echo(f"process {started.pid}; its messages are in {started.log}", err=True)
         return
     _supervise(loaded, run_id, new, update, begin_from, components)
 

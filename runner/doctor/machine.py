@@ -1,4 +1,4 @@
-"""What the machine has for a job: its command, the memory for slots, GPUs."""
+"""What the machine has for a job: its command, the memory for slots, GPUs, a metadata service."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from runner.doctor.finding import Finding, fail, ok, size_text, warn
 from runner.errors import JobError
 from runner.job import Job, check_launchable, resolved_command
 from runner.memory import available_bytes, slots_that_fit
+from runner.notices import problem_of
 from runner.spool import spool_path
 from runner.supervisor.index import SPOOL_ROOT_VARIABLE, files_of
 
@@ -102,6 +103,18 @@ def gpu() -> Iterator[Finding]:
     ]
     listed = ", ".join(f"{names.count(name)} × {name}" for name in dict.fromkeys(names))
     yield ok("gpu", f"{listed}, driver {rows[0][1]}")
+
+
+def notices(job: Job) -> Finding:
+    """Each cloud that is to tell of preemptions is asked once whether it does."""
+    clouds = job.preemption.notices
+    if not clouds:
+        return ok("notices", "SIGTERM alone tells of a preemption")
+    problems = [f"{cloud}: {problem}" for cloud in clouds if (problem := problem_of(cloud))]
+    if problems:
+        remedy = "ask from a node of that cloud, or correct preemption.notices"
+        return warn("notices", "; ".join(problems), remedy)
+    return ok("notices", f"the metadata service of {' and '.join(clouds)} answers")
 
 
 def _slot_on_disk(folder: Path, state_bytes: int, why: str) -> Finding:

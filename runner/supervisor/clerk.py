@@ -147,7 +147,7 @@ class Clerk(threading.Thread):
             step = 0 if resumption is None else resumption.moment.step
             if self.board is not None:
                 self.board.prepared = 1
-            self._post(events.RestoreReady(time.monotonic(), step))
+            self._post(events.RestoreReady(time.monotonic(), step, self._keeper.durable_step))
 
     def _describe(self, resumption: Resumption | None) -> None:
         if resumption is None:
@@ -237,14 +237,15 @@ class Clerk(threading.Thread):
             saved.manifest.nbytes / 1e6,
             saved.persist_seconds,
         )
-        self._post(events.Saved(saved.durable_at, moment.step))
+        if moment.scope != "full":
+            return  # nothing can be resumed from it, and it says nothing of an emergency save
+        step_seconds = 0.0 if self.board is None else self.board.step_us / 1e6
+        save = EmergencySave(step_seconds, moment.snapshot_seconds, saved.persist_seconds)
+        self._post(events.Saved(saved.durable_at, moment.step, moment.healthy, save.total_seconds))
         if self.board is None:
             return
         self.board.persisted_step = moment.step + 1
-        step_seconds = self.board.step_us / 1e6
-        verdict = self._forecaster.saved(
-            EmergencySave(step_seconds, moment.snapshot_seconds, saved.persist_seconds)
-        )
+        verdict = self._forecaster.saved(save)
         if verdict is not None:
             log.log(logging.INFO if self._forecaster.fits else logging.WARNING, "%s", verdict)
         self._set_interval()

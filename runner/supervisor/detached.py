@@ -14,6 +14,9 @@ from pathlib import Path
 from runner.spool import Spool
 from runner.supervisor import index
 
+DETACHED_VARIABLE = "RUNNER_DETACHED"
+"""Set where nobody reads along: what the trainer prints would fill the file without a limit."""
+
 _POLL_SECONDS = 0.05
 _PATIENCE_SECONDS = 10.0
 
@@ -28,7 +31,7 @@ class Detached:
 
 
 def start_detached(arguments: Sequence[str]) -> Detached:
-    """Start `runner` with these arguments, its output in a file; return when it supervises.
+    """Start `runner` with these arguments, its messages in a file; return when it supervises.
 
     Or when it has ended: what was to be started may be live already, or finished.
     """
@@ -41,6 +44,7 @@ def start_detached(arguments: Sequence[str]) -> Detached:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
+            env={**os.environ, DETACHED_VARIABLE: "1"},
             start_new_session=True,
         )
     deadline = time.monotonic() + _PATIENCE_SECONDS

@@ -27,9 +27,13 @@ class Claimed(Event):
 
 @dataclass(frozen=True)
 class RestoreReady(Event):
-    """What the attempt begins from lies in the spool; step 0 at the start of a run."""
+    """What the attempt begins from lies in the spool; step 0 at the start of a run.
+
+    `durable` is the newest step that is in the store by now, -1 for none; None if it is this one.
+    """
 
     step: int
+    durable: int | None = None
 
 
 @dataclass(frozen=True)
@@ -51,12 +55,15 @@ class LaunchFailed(Event):
 class Exited(Event):
     """The trainer is gone; negative codes are signals. `obeyed`: it was asked to stop, and did.
 
-    `left_step` is the step of the newest complete slot, -1 if there is none.
+    `left_step` is the step of the newest complete slot, -1 if there is none; `step` the last that
+    was finished. `cause` is why it failed, where more is known than its code.
     """
 
     code: int
     obeyed: bool = False
     left_step: int = -1
+    step: int = -1
+    cause: str = ""
 
 
 @dataclass(frozen=True)
@@ -64,13 +71,54 @@ class Progressed(Event):
     """The trainer has moved since the last look; `activity` is what it says it is doing."""
 
     activity: str
+    step: int = -1
+
+
+@dataclass(frozen=True)
+class Worked(Event):
+    """The trainer's processes have used the CPU since the last look, whatever they say."""
+
+
+@dataclass(frozen=True)
+class Overslept(Event):
+    """This supervisor itself has not run for so long: it was frozen, or its machine was."""
+
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Unhealthy(Event):
+    """Metrics that must be finite have not been, from this step on and for so many steps."""
+
+    since_step: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class MemoryShort(Event):
+    """The cgroup's memory is nearly used up, in bytes; `urgent` if it goes on although asked."""
+
+    used: int
+    limit: int
+    urgent: bool = False
+
+
+@dataclass(frozen=True)
+class StacksShown(Event):
+    """The stacks of a trainer that hangs are in the log, as far as they can be had."""
 
 
 @dataclass(frozen=True)
 class Saved(Event):
-    """A checkpoint became durable."""
+    """A checkpoint became durable.
+
+    `emergency_seconds` is what a save after a notice would take, measured by this one: the step at
+    hand, the copy, the store.
+    """
 
     step: int
+    healthy: bool = True
+    emergency_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -87,10 +135,18 @@ class SaveFailed(Event):
 
 @dataclass(frozen=True)
 class Notice(Event):
-    """The node will be taken away at `deadline`."""
+    """The node will be taken away at `deadline`. With `leave`, we are told to go at once."""
 
     source: str
     deadline: float
+    leave: bool = False
+
+
+@dataclass(frozen=True)
+class Hint(Event):
+    """The node may be taken away before long: worth a save, and no more."""
+
+    source: str
 
 
 @dataclass(frozen=True)

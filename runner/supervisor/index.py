@@ -1,7 +1,7 @@
 """The runs that were started on this machine, so that `runner status` finds them by name.
 
     $RUNNER_HOME/runs/<run>-<hash of the store>.json     one run
-    $RUNNER_HOME/logs/<run>-<hash of the store>/000001.log   what an attempt printed
+    $RUNNER_HOME/logs/<run>-<hash of the store>/     what its attempts said, see `runner.logs`
     $RUNNER_HOME/files/<run>-<hash of the store>/    local files of a run whose store is S3
 
 Nothing here is needed to continue a run: that is the store's part. Of an S3 server it is remembered

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import queue
+import random
 import signal
 import socket
 import threading
@@ -27,23 +28,30 @@ from runner.board import Why
 from runner.checkpoint.archive import Archive
 from runner.checkpoint.attempts import Ledger, utc_now
 from runner.checkpoint.keeper import Keeper, Origin, is_foreign
+from runner.checkpoint.logs import StoredLogs
 from runner.checkpoint.outputs import Outputs
 from runner.checkpoint.persist import Persister
 from runner.checkpoint.provenance import collect
 from runner.errors import RunnerError, SpoolError, UsageError
 from runner.job import Every, Job, is_s3, resolved_command
+from runner.launch.cgroup import own_group, remove_empty
 from runner.launch.leftovers import end_leftovers
 from runner.launch.process import TrainerProcess, build_environment
+from runner.logs.files import LogLimits
+from runner.notices import Watch
 from runner.plan import BestMetric, Interval, Plan
 from runner.spool import Spool
 from runner.store import Store
-from runner.supervisor import events, index, machine
+from runner.supervisor import events, index, listening, machine, stacks
 from runner.supervisor.abandoned import remove_abandoned
 from runner.supervisor.clerk import Clerk
+from runner.supervisor.detached import DETACHED_VARIABLE
 from runner.supervisor.forecast import Forecaster
-from runner.supervisor.output import Output
+from runner.supervisor.memory_guard import MemoryGuard
 from runner.supervisor.reaper import become_subreaper, reap_orphans
+from runner.supervisor.runlog import RunLog
 from runner.supervisor.upkeep import policy_of
+from runner.supervisor.vitals import Vitals
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +60,9 @@ GRACE_VARIABLE = "RUNNER_GRACE_SECONDS"
 """How a simulated node tells what it is going to do; both stay with the supervisor."""
 
 _TICK_SECONDS = 0.02
+_HEIR_SECONDS = 30.0  # for the child of a script that has forked and ended, to attach
 _CLERK_SECONDS = 600.0  # for what is left in the end, the run's own files above all
+_SHIPPING_SECONDS = 20.0  # for the end of the log
 _TIDYING_SECONDS = 0.5
 _SIGNALS = (
     signal.SIGTERM,
@@ -86,7 +96,7 @@ class Supervisor:
         self._rank = spool.rank
         files = index.files_of(assignment.run_id, store.url)
         self._disk, self._output_dir = files / ".slots", files / "outputs"
-        best, policy = job.checkpoint.keep.best, _policy(job)
+        best, policy = job.checkpoint.keep.best, _policy(job, assignment.run_id)
         persister = Persister(
             store,
             ledger,
@@ -113,22 +123,38 @@ class Supervisor:
             self._outputs(store) if is_s3(store.url) else None,
         )
         self._store = store
-        self._logs = index.logs_of(assignment.run_id, store.url)
         self._state, self._actions = machine.begin(policy)
+        self._logs = RunLog(
+            index.logs_of(assignment.run_id, store.url),
+            LogLimits(job.logs.max_size_bytes, job.logs.files),
+            StoredLogs(store, assignment.run_id),
+            ledger.check_fence,
+            lambda: self._state.deadline is None,
+            passes_through=DETACHED_VARIABLE not in os.environ,
+        )
         self._trainer: TrainerProcess | None = None
-        self._output: Output | None = None
-        self._seen: tuple[int, str] | None = None
+        self._groups = own_group()
+        self._memory = MemoryGuard(self._rank.folder, job.resources.memory_guard)
+        self._heir_until: float | None = None
+        self._vitals = Vitals(job.health.patience, policy.hang_timeout_seconds)
         self._first_step_seen = self._exit_seen = False
         self._last_saved_at: float | None = None
         self._closed_attempt = 0
         self._begin_at = assignment.begin_at
+        self._clouds = Watch(
+            job.preemption.notices,
+            policy.grace_seconds,
+            lambda news: self._events.put(listening.event_of(news)),
+        )
 
     def run(self) -> int:
         """Run until a terminal state; leave nothing of the trainer behind."""
         before = {signum: signal.signal(signum, self._on_signal) for signum in _SIGNALS}
+        self._logs.start()
         become_subreaper()
         (self._spool.path / "stop").unlink(missing_ok=True)  # meant for a supervisor before
         leftovers = end_leftovers(self._spool.path)
+        remove_empty(self._groups)
         if leftovers:
             log.warning("killed processes %s, left by a supervisor that is dead", leftovers)
         observer = self._watch_spool()
@@ -137,6 +163,7 @@ class Supervisor:
         tidying.start()
         self._clerk.start()
         try:
+            self._clouds.start()
             self._perform(self._actions)
             while self._state.phase not in machine.TERMINAL:
                 self._advance(self._next_event())
@@ -146,9 +173,12 @@ class Supervisor:
             saved = self._clerk.finish(self._seconds_left(), fenced=fenced)
             observer.stop()
             tidying.join(_TIDYING_SECONDS)
+            seconds = min(_SHIPPING_SECONDS, self._seconds_left() / 2)
+            self._logs.finish(seconds, ship=saved and not fenced)
+            self._leave_clouds(saved)
+            self._leave(saved)
             for signum, handler in before.items():
                 signal.signal(signum, handler)
-            self._leave(saved)
         return self._state.exit_code
 
     # ------------------------------------------------------------------ events
@@ -158,29 +188,50 @@ class Supervisor:
         try:
             return self._events.get(timeout=_TICK_SECONDS)
         except queue.Empty:
+            pass
+        try:
             return self._look_around()
+        except OSError as error:  # no descriptor is free, for example: it may pass
+            log.debug("this look around failed: %s", error)
+            return events.Tick(time.monotonic())
 
     def _look_around(self) -> events.Event:
         now = time.monotonic()
         trainer = self._trainer
         if not self._clerk.is_alive():
             raise RunnerError("nothing can be saved any more, see above: start the run again")
-        reap_orphans([] if trainer is None else [trainer.pid])
+        reap_orphans([] if trainer is None else trainer.pids)
         if (self._spool.path / "stop").exists():
             (self._spool.path / "stop").unlink(missing_ok=True)
             return events.StopAsked(now)
         if trainer is None:
             return events.Tick(now)
+        board = self._clerk.board
+        if board is not None:
+            trainer.follow(board.pid)
         code = trainer.poll()
-        if code is not None and not self._exit_seen:
+        if code is not None and not self._exit_seen and not self._expects_heir(trainer, code, now):
             return self._exited(code)
-        progressed = self._progressed(now)
-        if progressed is not None:  # beside the tick: a trainer that moves all the time stops none
-            self._events.put(progressed)
-        return events.Tick(now)
+        self._note_look()
+        short = self._memory.look(now)
+        if short is not None:
+            self._events.put(short)
+        # Before the tick, which asks whether it hangs; and a trainer that always moves stops none.
+        for event in self._vitals.look(now, self._clerk.board, trainer.pid):
+            self._events.put(event)
+        self._events.put(events.Tick(now))
+        return self._events.get()
+
+    def _expects_heir(self, trainer: TrainerProcess, code: int, now: float) -> bool:
+        """Whether what was started has forked and ended well, and its child has yet to attach."""
+        board = self._clerk.board
+        if code != 0 or board is None or board.pid:
+            return False
+        if self._heir_until is None:
+            self._heir_until = now + _HEIR_SECONDS
+        return now < self._heir_until and trainer.leaves_session()
 
     def _exited(self, code: int) -> events.Exited:
-        self._exit_seen = True
         board = self._clerk.board
         step = 0 if board is None else board.step
         self._clerk.record(exit_code=code, end_step=step, ended_at=utc_now())
@@ -192,21 +243,21 @@ class Supervisor:
             )
         left = [*self._rank.complete(), *self._rank.claimed()]
         steps = [int(marker.moment["step"]) for marker in left if not is_foreign(marker)]
-        return events.Exited(time.monotonic(), code, self._obeyed(), max(steps, default=-1))
+        newest = max(steps, default=-1)
+        cause, explanation = self._memory.verdict(code) or ("", "")
+        if cause:
+            log.error("%s", explanation)
+        self._exit_seen = True
+        return events.Exited(time.monotonic(), code, self._obeyed(), newest, step, cause)
 
-    def _progressed(self, now: float) -> events.Event | None:
+    def _note_look(self) -> None:
         board = self._clerk.board
         if board is None:
-            return None
-        board.supervisor_ns = time.monotonic_ns()
+            return
+        board.supervisor_pid, board.supervisor_ns = os.getpid(), time.monotonic_ns()
         if not self._first_step_seen and board.first_step_ns:
             self._first_step_seen = True
             self._clerk.record(first_step_at=_wall_clock(board.first_step_ns / 1e9))
-        seen = board.progress, board.phase
-        if seen == self._seen:
-            return None
-        self._seen = seen
-        return events.Progressed(now, board.phase)
 
     def _obeyed(self) -> bool:
         board = self._clerk.board
@@ -216,7 +267,8 @@ class Supervisor:
         """Runs between two bytecodes of the main thread: it only leaves a note."""
         now = time.monotonic()
         if signum == signal.SIGTERM:
-            self._events.put(events.Notice(now, "SIGTERM", now + self._policy.grace_seconds))
+            deadline = now + self._policy.grace_seconds
+            self._events.put(events.Notice(now, "SIGTERM", deadline, leave=True))
         elif signum == signal.SIGINT:
             self._events.put(events.Interrupt(now))
         elif signum == signal.SIGUSR1:
@@ -251,6 +303,12 @@ class Supervisor:
 
     def _advance(self, event: events.Event) -> None:
         before = self._state
+        if isinstance(event, events.Claimed):
+            self._logs.begin(event.attempt)
+        if isinstance(event, events.Interrupt) and self._clerk.board is not None:
+            # What a second one costs is said at once, so it must be known where the trainer is.
+            board = self._clerk.board
+            before, _ = machine.step(before, events.Progressed(event.at, board.phase, board.step))
         self._state, actions = machine.step(before, event)
         if isinstance(event, events.Saved):
             self._last_saved_at = max(event.at, self._last_saved_at or event.at)
@@ -276,10 +334,11 @@ class Supervisor:
                     self._clerk.persist_left()
                 case events.Hurry(deadline):
                     self._store.hurry(deadline)
+                    self._keeper.hurry(deadline)
                 case events.DumpStacks():
                     self._dump_stacks()
                 case events.Relay(signum) if self._trainer is not None:
-                    self._trainer.send_signal(signum)
+                    self._relay(self._trainer, signum)
                 case events.KillTree():
                     self._end_trainer()
                 case events.EndAttempt(outcome, cause):
@@ -302,19 +361,23 @@ class Supervisor:
         self._end_trainer()
         if self._trainer is not None:
             raise RunnerError(f"process {self._trainer.pid} of the attempt before is still there")
-        self._seen, self._first_step_seen, self._exit_seen = None, False, False
+        self._first_step_seen = self._exit_seen = False
+        self._vitals.attempt_begins()
+        self._memory.begin()
+        self._heir_until = None
         self._spool.write_plan(self._plan(self._attempt).to_json())
-        self._output = Output(self._logs / f"{self._attempt:06d}.log", stdout=1, stderr=2)
+        output = self._logs.pipes()
         try:
             self._trainer = TrainerProcess.start(
                 resolved_command(self._job),
                 cwd=self._job.workdir,
                 env=self._environment(),
-                stdout=self._output.stdout,
-                stderr=self._output.stderr,
+                stdout=output.stdout,
+                stderr=output.stderr,
+                groups=self._groups,
             )
         finally:
-            self._output.launched()
+            output.launched()
 
     def _environment(self) -> dict[str, str]:
         own = {
@@ -333,12 +396,22 @@ class Supervisor:
         if board is not None:
             board.ask(kind, why, int(deadline * 1e9))
 
+    def _relay(self, trainer: TrainerProcess, signum: int) -> None:
+        """To the process that has attached: a shell before it would only die of most signals."""
+        board = self._clerk.board
+        if board is None or not trainer.send_signal_to(board.pid, signum):
+            trainer.send_signal(signum)
+
     def _dump_stacks(self) -> None:
         """Ask the process that has attached: to any other, this signal is the end."""
         board = self._clerk.board
         pid = 0 if board is None else board.pid
-        if self._trainer is None or not self._trainer.send_signal_to(pid, signal.SIGRTMIN):
-            log.warning("the trainer has not attached yet, so there are no stacks to see")
+        if self._trainer is None:
+            return
+        if not self._trainer.send_signal_to(pid, signal.SIGRTMIN):
+            log.warning("the trainer has not attached yet, so it cannot show its stacks")
+            pid = self._trainer.pid
+        stacks.show(pid, lambda: self._events.put(events.StacksShown(time.monotonic())))
 
     def _end_trainer(self) -> None:
         """Kill whatever is left of the attempt; it does not return before that is gone."""
@@ -352,9 +425,7 @@ class Supervisor:
         code = trainer.poll()
         trainer.close()
         self._trainer = None
-        if self._output is not None:
-            self._output.drain()
-            self._output = None
+        self._logs.drain()
         if code is not None and not self._exit_seen:
             self._events.put(self._exited(code))
 
@@ -362,6 +433,7 @@ class Supervisor:
         if self._closed_attempt == self._attempt:
             return  # it failed, and the end came while the next one was being prepared
         self._closed_attempt = self._attempt
+        self._logs.attempt_ended()
         board = self._clerk.board
         changes: dict[str, Any] = {"outcome": outcome, "cause": cause, "ended_at": utc_now()}
         if board is not None:
@@ -434,6 +506,14 @@ class Supervisor:
             return _CLERK_SECONDS
         return max(0.2, min(_CLERK_SECONDS, deadline - time.monotonic()))
 
+    def _leave_clouds(self, saved: bool) -> None:
+        """Listen no more. A cloud that waits for it is told that this machine may go, if it may."""
+        is_durable = saved and not self._keeper.has_unsaved()
+        preempted = self._state.phase is machine.Phase.PREEMPTED
+        if preempted and is_durable and listening.is_alone(self._spool.path):
+            self._clouds.acknowledge()
+        self._clouds.stop()
+
     def _leave(self, saved: bool) -> None:
         """Take the spool away, unless it holds what nothing else does and somebody may want."""
         fenced = self._state.phase is machine.Phase.FENCED
@@ -444,7 +524,7 @@ class Supervisor:
             self._spool.close()
 
 
-def _policy(job: Job) -> machine.Policy:
+def _policy(job: Job, run_id: str) -> machine.Policy:
     restart = job.restart
     grace = os.environ.get(GRACE_VARIABLE)
     return machine.Policy(
@@ -454,6 +534,10 @@ def _policy(job: Job) -> machine.Policy:
         backoff_max_seconds=restart.backoff.max_seconds,
         hang_timeout_seconds=restart.hang_timeout_seconds,
         never=tuple(restart.never),
+        restore_healthy=job.health.restore == "healthy",
+        seed=random.SystemRandom().getrandbits(32),
+        stacks_seconds=stacks.seconds_needed(),
+        logs=f"`runner logs {run_id}`",
     )
 
 

@@ -1,29 +1,37 @@
 """What a supervisor does next: one pure function over one frozen state.
 
     STARTING ─▶ RESTORING ─▶ RUNNING ─▶ DRAINING ─▶ SUCCEEDED | PREEMPTED | INTERRUPTED | STOPPED
-     ▲ │           │          │ └─────▶ STOPPING ─▶ BACKOFF | FAILED    (a hang; given up)
+     ▲ │           │          │ └─────▶ STOPPING ─▶ BACKOFF | FAILED    (a hang; ill; given up)
      │ └───────────┴──────────┴───────────────────▶ BACKOFF | FAILED    (a crash; cannot be started)
      └─ BACKOFF
     STARTING, RESTORING ─▶ STOPPING                 (given up)
     STARTING, RESTORING, BACKOFF ─▶ DRAINING        (a signal; it ends well before it has begun)
     STOPPING ─▶ PREEMPTED | INTERRUPTED | STOPPED   (a signal while one that hangs is ended)
+    RUNNING ─▶ PREEMPTED                            (a deadline that this process has overslept)
     any ─▶ FENCED                                   (a newer supervisor has the run)
 
 The trainer is launched when the attempt is claimed: while it imports its libraries, what it begins
 from is fetched and verified, and what the one before left in the slots is being made durable.
-DRAINING ends well: what is in the slots is made durable, then the goal is reached. STOPPING ends
-an attempt that hangs, or the run when it is given up: then its newest slot is persisted first.
+After a notice with time to spare it saves and stays RUNNING until `leave_at`. DRAINING ends well:
+what is in the slots is made durable, then the goal is reached. STOPPING ends an attempt that hangs,
+is ill or takes all memory, or the run when it is given up: then its newest slot is persisted first.
 Nothing here looks at a clock or touches the world; times come in with the events, in seconds of
 one monotonic clock.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from enum import Enum
+from dataclasses import replace
 
 from runner import exitcodes
 from runner.board import Request, Why
+from runner.supervisor import learning
+from runner.supervisor.deadlines import (
+    is_worth_staying,
+    last_moment,
+    patience_for_boundary,
+    train_until,
+)
 from runner.supervisor.events import (
     Action,
     Ask,
@@ -35,12 +43,15 @@ from runner.supervisor.events import (
     Event,
     Exited,
     FencedOff,
+    Hint,
     Hurry,
     Interrupt,
     KillTree,
     Launch,
     LaunchFailed,
+    MemoryShort,
     Notice,
+    Overslept,
     PersistLeft,
     PersistNewest,
     PreparationFailed,
@@ -54,105 +65,22 @@ from runner.supervisor.events import (
     SaveFailed,
     Say,
     StacksAsked,
+    StacksShown,
     StopAsked,
     Tick,
+    Unhealthy,
+    Worked,
 )
+from runner.supervisor.restarts import backoff_seconds, describe_exit, diagnosis
+from runner.supervisor.state import EXIT_CODES, TERMINAL, WHY, Phase, Policy, State
 
+__all__ = ["TERMINAL", "Phase", "Policy", "State", "begin", "step"]
 
-class Phase(Enum):
-    STARTING = "starting"
-    RESTORING = "restoring"
-    RUNNING = "running"
-    DRAINING = "draining"
-    STOPPING = "stopping"
-    BACKOFF = "backoff"
-    SUCCEEDED = "succeeded"
-    PREEMPTED = "preempted"
-    INTERRUPTED = "interrupted"
-    STOPPED = "stopped"
-    FAILED = "failed"
-    FENCED = "fenced"
-
-
-TERMINAL = frozenset(
-    {
-        Phase.SUCCEEDED,
-        Phase.PREEMPTED,
-        Phase.INTERRUPTED,
-        Phase.STOPPED,
-        Phase.FAILED,
-        Phase.FENCED,
-    }
-)
-_EXIT_CODES = {
-    Phase.SUCCEEDED: exitcodes.FINISHED,
-    Phase.PREEMPTED: exitcodes.PREEMPTED,
-    Phase.INTERRUPTED: exitcodes.INTERRUPTED,
-    Phase.STOPPED: exitcodes.INTERRUPTED,
-    Phase.FENCED: exitcodes.FENCED,
-}
-_WHY = {
-    Phase.PREEMPTED: Why.PREEMPTION,
-    Phase.INTERRUPTED: Why.INTERRUPT,
-    Phase.STOPPED: Why.INTERRUPT,
-}
 _RETRY_SECONDS = 0.5
 _LAST_SAVE_SECONDS = 300.0  # that a run which has failed for good tries to save its last state
-_MAX_DOUBLINGS = 60  # of the backoff: its longest is reached long before
-_STACKS_SECONDS = 1.0  # between asking for the stacks of a hung trainer and killing it
-_IDLE_PHASES = ("after training",)  # a test after the loop gives no signs of life
-
-
-@dataclass(frozen=True)
-class Policy:
-    """The part of the job file that the machine obeys. All durations in seconds."""
-
-    grace_seconds: float = 30.0
-    failures: int = 5
-    backoff_initial_seconds: float = 1.0
-    backoff_max_seconds: float = 60.0
-    hang_timeout_seconds: float = 600.0
-    never: tuple[int, ...] = (2,)
-
-
-# ---------------------------------------------------------------------------- the state
-
-
-@dataclass(frozen=True)
-class State:
-    """All that a supervisor knows.
-
-    `goal` is where DRAINING or STOPPING will end, `wish` what the last signal asked for. `again`
-    says that the trainer has ended, or had its time, since the persisting at hand began.
-    `preparing`: what an attempt begins from is being fetched, maybe for one that is dead by now.
-    """
-
-    policy: Policy = field(default_factory=Policy)
-    phase: Phase = Phase.STARTING
-    goal: Phase | None = None
-    wish: Phase | None = None
-    cause: str = ""
-    alive: bool = False
-    preparing: bool = False
-    exit_code: int = 0
-    failures: int = 0
-    durable_step: int = -1
-    durable_at_failure: int = -1
-    snapshot_until: float | None = None
-    deadline: float | None = None
-    persisting: bool = False
-    again: bool = False
-    retry_at: float | None = None
-    kill_at: float | None = None
-    progress_at: float = 0.0
-    activity: str = ""
-    notice_at: float | None = None
-
-    @property
-    def go_back(self) -> int:
-        """Checkpoints to pass over: one more at each start from the third at one step on."""
-        return max(0, self.failures - 1)
-
+_SETTLE_SECONDS = 0.5  # for what a trainer writes of its own stacks
+_HINT_SECONDS = 60.0  # between two saves for mere hints
+_CAUSES = 10  # that are remembered, for the diagnosis
 
 Step = tuple[State, list[Action]]
 
@@ -173,34 +101,44 @@ def step(state: State, event: Event) -> Step:
                 KillTree(),
             ]
         case Claimed() if state.phase is Phase.STARTING:
-            launched = replace(state, phase=Phase.RESTORING, alive=True, preparing=True)
+            launched = replace(
+                state, phase=Phase.RESTORING, alive=True, preparing=True, starts=state.starts + 1
+            )
             return launched, [Restore(state.go_back), Launch()]
         case RestoreReady() if state.phase is Phase.RESTORING:
-            running = replace(
-                state,
-                phase=Phase.RUNNING,
-                preparing=False,
-                progress_at=event.at,
-                activity="",
-                durable_step=max(state.durable_step, event.step),
-            )
-            return running, []
+            return learning.restored(state, event), []
         case RestoreReady() | PreparationFailed() if state.phase is Phase.BACKOFF:
             return replace(state, preparing=False), []
         case PreparationFailed() | LaunchFailed() if state.phase is not Phase.BACKOFF:
             return _cannot_start(replace(state, preparing=False), event)
         case Exited():
-            return _on_exit(replace(state, alive=False, kill_at=None), event)
+            reached = max(state.step, event.step)
+            return _on_exit(replace(state, alive=False, kill_at=None, step=reached), event)
         case Progressed():
-            return replace(state, progress_at=event.at, activity=event.activity), []
+            return learning.progress(state, event), []
+        case Worked() if state.phase is Phase.RUNNING:
+            return learning.work(state, event.at), []
+        case Overslept():
+            return learning.overslept(state, event.seconds), []
+        case Unhealthy() if state.phase is Phase.RUNNING:
+            return _on_unhealthy(state, event)
+        case MemoryShort() if state.alive:
+            return _on_memory_short(state, event)
+        case StacksShown() if state.showing and state.kill_at is not None:
+            soon = event.at + _SETTLE_SECONDS
+            return replace(state, kill_at=min(state.kill_at, soon)), []
         case Saved():
-            return replace(state, durable_step=max(state.durable_step, event.step)), []
+            return learning.saved(state, event), []
         case Drained():
             return _on_drained(replace(state, persisting=False))
         case SaveFailed():
             return _on_save_failed(state, event)
+        case Notice() if state.phase is Phase.RUNNING and not event.leave:
+            return _on_notice(state, event)
         case Notice() | Interrupt() | StopAsked():
             return _on_signal(state, event)
+        case Hint() if state.phase is Phase.RUNNING:
+            return _on_hint(state, event)
         case SaveAsked() if state.phase is Phase.RUNNING:
             return state, [Ask(Request.SAVE, Why.MANUAL)]
         case StacksAsked() if state.alive:
@@ -210,6 +148,90 @@ def step(state: State, event: Event) -> Step:
         case Tick():
             return _on_tick(state, event.at)
     return state, []
+
+
+# ---------------------------------------------------------------------------- a trainer that runs
+
+
+def _on_unhealthy(state: State, event: Unhealthy) -> Step:
+    sick = replace(state, sick_since=event.since_step)
+    problem = f"metrics have not been finite since step {event.since_step}"
+    if not state.policy.restore_healthy or state.leave_at is not None:
+        return sick, [Say(f"{problem}, for {event.steps} steps", is_error=True)]
+    stopping = replace(sick, phase=Phase.STOPPING, cause=problem, kill_at=event.at)
+    return stopping, [
+        Say(f"{problem}, for {event.steps} steps: back to the newest healthy checkpoint", True)
+    ]
+
+
+def _on_memory_short(state: State, event: MemoryShort) -> Step:
+    """The trainer saves and leaves, before the kernel ends it and maybe this supervisor too."""
+    cause = f"memory: used {event.used / 1e6:.0f} MB of {event.limit / 1e6:.0f} MB"
+    match state.phase:
+        case Phase.RUNNING if not event.urgent and state.leave_at is None:
+            until = event.at + state.policy.grace_seconds
+            stopping = replace(state, phase=Phase.STOPPING, cause=cause, kill_at=until)
+            return stopping, [
+                Say(f"{cause}: the trainer is asked to save and to leave", is_error=True),
+                Ask(Request.SAVE_AND_STOP, Why.INTERVAL, until),
+            ]
+        case Phase.RESTORING:
+            return _restart_or_give_up(replace(state, phase=Phase.STOPPING, cause=cause), event.at)
+        case Phase.RUNNING if state.leave_at is None:
+            state = replace(state, phase=Phase.STOPPING, cause=cause)
+        case _ if not event.urgent:
+            return state, []
+    killed = Say(f"{cause}: the trainer is killed, its newest snapshot stays", is_error=True)
+    return replace(state, kill_at=None), [killed, KillTree()]
+
+
+def _on_hint(state: State, event: Hint) -> Step:
+    recently = state.hint_at is not None and event.at - state.hint_at < _HINT_SECONDS
+    if recently or state.leave_at is not None:
+        return state, []
+    return replace(state, hint_at=event.at), [
+        Say(f"the node may be taken away soon ({event.source}): the state is saved"),
+        Ask(Request.SAVE, Why.PREEMPTION),
+    ]
+
+
+def _on_notice(state: State, event: Notice) -> Step:
+    """The node will go. If that is far off: save, train on, and save again in time."""
+    begun = event.at if state.notice_at is None else state.notice_at
+    deadline = event.deadline if state.deadline is None else min(state.deadline, event.deadline)
+    leave_at = train_until(begun, deadline, state.emergency_seconds)
+    if not is_worth_staying(event.at, leave_at, state.emergency_seconds):
+        return _on_signal(state, event)
+    staying = replace(
+        state,
+        wish=Phase.PREEMPTED,
+        cause=f"preemption ({event.source})",
+        notice_at=begun,
+        deadline=deadline,
+        leave_at=leave_at,
+    )
+    actions: list[Action] = [Hurry(deadline)]
+    if state.leave_at is None:
+        left = f"{deadline - event.at:.0f} s are left"
+        plan = f"the state is saved now, and once more in about {leave_at - event.at:.0f} s"
+        actions.insert(0, Say(f"{staying.cause}: {left}; {plan}"))
+        actions.append(Ask(Request.SAVE, Why.PREEMPTION, deadline))
+    return staying, actions
+
+
+def _drain(state: State, at: float, goal: Phase, cause: str, deadline: float) -> Step:
+    """Ask for a last state, and then make it durable."""
+    draining = replace(
+        state,
+        phase=Phase.DRAINING,
+        goal=goal,
+        cause=cause,
+        notice_at=at,
+        deadline=deadline,
+        leave_at=None,
+        snapshot_until=patience_for_boundary(at, deadline),
+    )
+    return draining, [Ask(Request.SAVE_AND_STOP, WHY[goal], deadline)]
 
 
 # ---------------------------------------------------------------------------- transitions
@@ -228,15 +250,23 @@ def _on_exit(state: State, event: Exited) -> Step:
         case Phase.STOPPING:
             return _restart_or_give_up(state, event.at, event.left_step)
         case Phase.RESTORING | Phase.RUNNING if event.code == 0:
-            done = replace(state, phase=Phase.DRAINING, goal=Phase.SUCCEEDED, cause="finished")
-            return _persist(done)
+            return _persist(_draining(state, Phase.SUCCEEDED, "finished"))
+        case Phase.RUNNING if state.leave_at is not None:
+            # With the node about to go, it is not worth starting again here.
+            return _persist(_draining(state, Phase.PREEMPTED, state.cause))
         case Phase.RESTORING | Phase.RUNNING:
-            state = replace(state, phase=Phase.STOPPING, cause=_describe(event.code))
+            cause = event.cause or describe_exit(event.code)
+            state = replace(state, phase=Phase.STOPPING, cause=cause)
             if event.code in state.policy.never:
                 cause = f"{state.cause}, which is never tried again"
                 return _fail_for_good(replace(state, cause=cause), event.at, event.code)
             return _restart_or_give_up(state, event.at, event.left_step)
     return state, []
+
+
+def _draining(state: State, goal: Phase, cause: str) -> State:
+    """No trainer is left to ask: what is in the slots is the last that there will be."""
+    return replace(state, phase=Phase.DRAINING, goal=goal, cause=cause, leave_at=None)
 
 
 def _on_drained(state: State) -> Step:
@@ -259,22 +289,27 @@ def _restart_or_give_up(state: State, at: float, left_step: int = -1) -> Step:
     What is in the newest slot is as good as saved: it is being made durable from now on.
     """
     reached = max(state.durable_step, left_step)
+    if state.policy.restore_healthy and state.sick_since is not None:
+        # It goes back from there: what was trained since then is no progress.
+        reached = min(reached, state.sick_since - 1)
     failures = 1 if reached > state.durable_at_failure else state.failures + 1
-    furthest = max(state.durable_at_failure, reached)
-    state = replace(state, failures=failures, durable_at_failure=furthest)
-    if failures > state.policy.failures:
-        stopping, actions = _fail_for_good(state, at, exitcodes.GIVEN_UP)
-        times = "once" if failures == 1 else f"{failures} times in a row without a new step"
-        return stopping, [Say(f"failed {times} ({state.cause}): given up", is_error=True), *actions]
+    state = replace(
+        state,
+        failures=failures,
+        durable_at_failure=max(state.durable_at_failure, reached),
+        causes=(*state.causes, state.cause)[-min(failures, _CAUSES) :],
+    )
     policy = state.policy
-    doublings = min(failures - 1, _MAX_DOUBLINGS)
-    wait = min(policy.backoff_max_seconds, policy.backoff_initial_seconds * 2**doublings)
+    if failures > policy.failures:
+        stopping, actions = _fail_for_good(state, at, exitcodes.GIVEN_UP)
+        return stopping, [Say(diagnosis(state), is_error=True), *actions]
+    wait = backoff_seconds(policy, failures, state.starts)
     waiting = replace(state, phase=Phase.BACKOFF, retry_at=at + wait, kill_at=None)
     return waiting, [
         KillTree(),
         EndAttempt("failed", state.cause),
         PersistLeft(),
-        Say(f"{state.cause}; failure {failures} of {policy.failures}, next start in {wait:g} s"),
+        Say(f"{state.cause}; failure {failures} of {policy.failures}, next start in {wait:.3g} s"),
     ]
 
 
@@ -287,6 +322,8 @@ def _fail_for_good(state: State, at: float, exit_code: int) -> Step:
 
 def _cannot_start(state: State, event: PreparationFailed | LaunchFailed) -> Step:
     """No trainer can run, or the one that waits for its state would wait for ever."""
+    if state.leave_at is not None:
+        state = _draining(state, Phase.PREEMPTED, state.cause)
     if state.goal is not None:
         # It is ending already. No trainer will come to a boundary; what is in the slots is saved.
         saving, actions = _persist(replace(state, snapshot_until=None))
@@ -307,28 +344,19 @@ def _cannot_start(state: State, event: PreparationFailed | LaunchFailed) -> Step
 def _on_signal(state: State, event: Notice | Interrupt | StopAsked) -> Step:
     wish, cause, deadline = _wish(state, event)
     twice = isinstance(event, Interrupt) and state.wish is Phase.INTERRUPTED
+    if state.deadline is not None:
+        deadline = min(state.deadline, deadline)
     state = replace(state, wish=wish)
     match state.phase:
         case Phase.RUNNING:
-            draining = replace(
-                state,
-                phase=Phase.DRAINING,
-                goal=wish,
-                cause=cause,
-                notice_at=event.at,
-                deadline=deadline,
-                snapshot_until=_quarter(event.at, deadline),
-            )
-            ask = Ask(Request.SAVE_AND_STOP, _WHY[wish], deadline)
-            return draining, [Say(cause), Hurry(deadline), ask]
+            draining, actions = _drain(state, event.at, wish, cause, deadline)
+            return draining, [Say(cause), Hurry(deadline), *actions]
         case Phase.DRAINING | Phase.STOPPING if twice:
             keep = state.goal is Phase.FAILED
             given_up, actions = _finish(state if keep else replace(state, goal=wish, cause=cause))
-            lost = Say("interrupted twice: nothing more is saved", is_error=True)
-            return given_up, [lost, *actions]
+            refusal = Say("interrupted twice: nothing more is saved", is_error=True)
+            return given_up, [refusal, *actions]
         case Phase.DRAINING | Phase.STOPPING:
-            if state.deadline is not None:
-                deadline = min(state.deadline, deadline)
             return _hurry(state, wish, cause, event.at, deadline), [Say(cause), Hurry(deadline)]
     # No trainer has begun: only what an earlier one left in the slots is to be saved.
     over = replace(
@@ -354,13 +382,8 @@ def _hurry(state: State, wish: Phase, cause: str, at: float, deadline: float) ->
         cause=state.cause if keep else cause,
         notice_at=at if state.notice_at is None else state.notice_at,
         deadline=deadline,
-        snapshot_until=None if until is None else min(until, _quarter(at, deadline)),
+        snapshot_until=None if until is None else min(until, patience_for_boundary(at, deadline)),
     )
-
-
-def _quarter(at: float, deadline: float) -> float:
-    """How long the trainer has to come to a boundary: the rest is for saving."""
-    return at + (deadline - at) / 4
 
 
 def _on_tick(state: State, at: float) -> Step:
@@ -370,16 +393,41 @@ def _on_tick(state: State, at: float) -> Step:
         ):
             fresh = replace(state, phase=Phase.STARTING, retry_at=None, cause="", goal=None)
             return fresh, [Claim()]
+        case Phase.RUNNING if state.leave_at is not None:
+            return _leave_in_time(state, at)
         case Phase.RUNNING if _hangs(state, at):
-            timeout = state.policy.hang_timeout_seconds
-            hung = replace(state, phase=Phase.STOPPING, cause="hang", kill_at=at + _STACKS_SECONDS)
+            idle, doing = at - state.progress_at, state.activity or "before attach()"
+            hung = replace(
+                state,
+                phase=Phase.STOPPING,
+                cause="hang",
+                kill_at=at + state.policy.stacks_seconds,
+                showing=True,
+                rhythm=state.rhythm.ended(state.activity),
+            )
             return hung, [
-                Say(f"no progress for {timeout:g} s: stacks follow, then it is killed", True),
+                Say(
+                    f"no progress for {idle:.3g} s ({doing}): stacks follow, then it is killed",
+                    True,
+                ),
                 DumpStacks(),
             ]
         case Phase.STOPPING | Phase.DRAINING:
             return _push_on(state, at)
     return state, []
+
+
+def _leave_in_time(state: State, at: float) -> Step:
+    """The last save of a node that has been given notice, when its time has come."""
+    assert state.leave_at is not None
+    assert state.deadline is not None
+    if at < state.leave_at:
+        return state, []
+    draining, actions = _drain(state, at, Phase.PREEMPTED, state.cause, state.deadline)
+    if at >= state.deadline:  # this supervisor has overslept it
+        over, more = _out_of_time(draining)
+        return over, [*actions, *more]
+    return draining, [Say(f"{state.cause}: the time to train is over"), *actions]
 
 
 def _push_on(state: State, at: float) -> Step:
@@ -422,15 +470,26 @@ def _kill_and_persist(state: State) -> Step:
 
 def _finish(state: State) -> Step:
     goal = state.goal or Phase.FAILED
-    code = state.exit_code if goal is Phase.FAILED else _EXIT_CODES[goal]
+    code = state.exit_code if goal is Phase.FAILED else EXIT_CODES[goal]
     actions: list[Action] = [KillTree()] if state.alive else []
+    if goal in WHY and state.lost_steps:
+        actions.insert(0, Say(_loss(state), is_error=True))
     actions.append(EndAttempt(goal.value, state.cause))
     return replace(state, phase=goal, exit_code=code, alive=False), actions
 
 
+def _loss(state: State) -> str:
+    """What is not durable in the end; on this machine, a slot may still hold it."""
+    at = f"the trainer was at step {state.step}"
+    lost = "1 step is lost" if state.lost_steps == 1 else f"{state.lost_steps} steps are lost"
+    if state.kept_step < 0:
+        return f"{at} and nothing is durable: {lost}"
+    return f"{at} and step {state.kept_step} is durable: {lost}"
+
+
 def _hangs(state: State, at: float) -> bool:
-    idle = at - state.progress_at
-    return idle > state.policy.hang_timeout_seconds and state.activity not in _IDLE_PHASES
+    limit = state.rhythm.limit_seconds(state.activity, state.policy.hang_timeout_seconds)
+    return limit is not None and at - state.progress_at > limit
 
 
 def _wish(state: State, event: Notice | Interrupt | StopAsked) -> tuple[Phase, str, float]:
@@ -443,24 +502,12 @@ def _wish(state: State, event: Notice | Interrupt | StopAsked) -> tuple[Phase, s
 
 
 def _last_moment(state: State) -> float:
-    """When the tree must be killed at the latest, so that it is gone when the grace ends."""
     assert state.deadline is not None
     began = state.notice_at if state.notice_at is not None else state.deadline
-    return state.deadline - min(1.0, (state.deadline - began) / 10)
+    return last_moment(began, state.deadline)
 
 
 def _triggers(state: State) -> tuple[str, ...]:
     if state.goal is Phase.SUCCEEDED:
         return ("final",)
-    return (_WHY[state.goal].trigger,) if state.goal in _WHY else ()
-
-
-def _describe(code: int) -> str:
-    if code < 0:
-        import signal
-
-        try:
-            return f"the trainer was killed by {signal.Signals(-code).name}"
-        except ValueError:
-            return f"the trainer was killed by signal {-code}"
-    return f"the trainer exited with code {code}"
+    return (WHY[state.goal].trigger,) if state.goal in WHY else ()

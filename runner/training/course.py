@@ -22,6 +22,7 @@ from runner.checkpoint.manifest import Moment
 from runner.errors import CaptureError, PositionError
 from runner.exitcodes import PREEMPTED
 from runner.training.capture import TrainingState
+from runner.training.health import Health
 from runner.training.metrics import Metrics
 from runner.training.preempted import Preempted
 from runner.training.rhythm import SaveRhythm, SnapshotRhythm
@@ -34,6 +35,11 @@ from runner.training.watch import OptimizerWatch
 log = logging.getLogger(__name__)
 
 _SPARE = 1.02  # headers, and page boundaries between files
+BETWEEN_LOOPS, FIRST_STEP, TRAINING = "between loops", "first step", "training"
+AFTER_TRAINING = "after training"
+"""What the loop is doing, on the board: each has a rhythm of its own. The first step of a loop
+starts workers, and the very first compiles; between two loops there is validation, mostly."""
+
 _SLACK_BYTES = 256 << 10  # a state.json that grows: a history gets longer with every epoch
 
 
@@ -79,7 +85,7 @@ class Course:
     def __init__(self, session: Session, state: TrainingState, watch: OptimizerWatch) -> None:
         self.session, self.state, self.watch = session, state, watch
         self.place = Place()
-        self.metrics = Metrics()
+        self.metrics = Metrics(Health(session.plan.is_health_metric))
         self.streams = Streams(state.generators)
         self.loop: Loop | None = None
         self.in_body = False
@@ -167,7 +173,7 @@ class Course:
         Raises LoopOver if the saved run had left this loop behind.
         """
         counted = self._leave_loop()
-        self.session.board.phase = "training"
+        self.session.board.phase = FIRST_STEP
         if self._saved is not None and self._return_into(loop):
             return self._saved_loop
         loop.ordinal = self._loops_begun()
@@ -264,8 +270,7 @@ class Course:
         and ends has nothing newer, and what it leaves must not depend on how fast it was.
         """
         self._lap = None
-        if not self.place.in_epoch:
-            self.session.board.phase = "after training"
+        self.session.board.phase = BETWEEN_LOOPS if self.place.in_epoch else AFTER_TRAINING
         if self.loop is loop:
             if self._rhythm.is_behind and not self._carries_gradients and not self.in_body:
                 self._snapshot(set(), beside=False)
@@ -332,6 +337,11 @@ class Course:
         self.step_boundary()
         self.metrics.next_state()
 
+    def log(self, values: dict[str, Any]) -> None:
+        """Take metrics in: in the loop's body they are of the step that it makes."""
+        step = self.place.step + 1 if self.in_body else self.place.step
+        self.metrics.log(values, in_body=self.in_body, step=step)
+
     def ask_to_save(self) -> None:
         self._ask_to_save = True
 
@@ -348,6 +358,8 @@ class Course:
         board, plan = self.session.board, self.session.plan
         if step_end and board.first_step_ns == 0:
             board.first_step_ns = time.monotonic_ns()
+        if step_end and board.phase == FIRST_STEP:
+            board.phase = TRAINING
         self._show()
         hold = plan.hold_at_step
         if hold is not None and not self._held and self.place.step >= hold:
@@ -362,6 +374,8 @@ class Course:
             # At an epoch's end a script may put other weights in place without any hook's knowing.
             beside = not (epoch_end or last or asked is not None)
             self._snapshot(triggers, beside=beside, weights=[] if triggers else weights)
+        self.metrics.settle()
+        self._show_health()
         board.finished = int(last)  # another loop may follow the one that seemed to be the last
         if asked is not None:
             self.session.obeyed(asked)
@@ -415,7 +429,7 @@ class Course:
     def _snapshot(self, triggers: set[str], *, beside: bool, weights: Sequence[str] = ()) -> None:
         begun = time.monotonic()
         document, sink = self.state.encode(self._progress())
-        fresh, plan, place = self.metrics.fresh(), self.session.plan, self.place
+        fresh, place = self.metrics.fresh(), self.place
         batch_size, batches = (None, None) if self.loop is None else self.loop.shape()
 
         def moment(attempt: int, save: int) -> Moment:
@@ -429,9 +443,7 @@ class Course:
                 batches_per_epoch=batches,
                 triggers=tuple(sorted(triggers)),
                 metrics=fresh,
-                healthy=all(
-                    math.isfinite(v) for name, v in fresh.items() if plan.is_health_metric(name)
-                ),
+                healthy=self.metrics.health.since is None,
                 created_at=utc_now(),
                 productive_seconds=self._productive_before + self._productive,
             )
@@ -461,3 +473,9 @@ class Course:
         board.step, board.epoch, board.batch = self.place.step, self.place.epoch, self.place.batch
         board.productive_us = int(1e6 * self._productive)
         self.session.alive()
+
+    def _show_health(self) -> None:
+        """Since when metrics are not finite; the supervisor reads the first word first."""
+        board, health = self.session.board, self.metrics.health
+        board.sick_steps = health.steps
+        board.sick_since = 0 if health.since is None else health.since + 1

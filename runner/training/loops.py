@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from runner.training.course import Course, LoopOver
+from runner.training.course import AFTER_TRAINING, BETWEEN_LOOPS, Course, LoopOver
 from runner.training.loader import Pass
 from runner.training.wrappers import forward_wrappers
 
@@ -41,10 +41,10 @@ class EpochLoop:
         self._over = stopped or place.epoch >= self._total
         if self._over:
             course.leave_epochs()
-            course.session.board.phase = "after training"
+            course.session.board.phase = AFTER_TRAINING
             raise StopIteration
         course.enter_epoch()
-        course.session.board.phase = "training"
+        course.session.board.phase = BETWEEN_LOOPS
         return place.epoch
 
 

@@ -1,7 +1,8 @@
 """What a script logs: the newest values for the state at hand, and one record for each epoch.
 
 A value may be a tensor on a GPU. It is kept as it is and turned into a float only when a snapshot
-or an epoch's end needs the number, so logging never waits for the device.
+or an epoch's end needs the number, so logging never waits for the device. Only then is it known
+whether it is finite.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from runner.errors import CaptureError
+from runner.training.health import Health
 
 _MAX_PENDING = 4096
 
@@ -17,16 +19,18 @@ class Metrics:
     """Logged values. `history` has one dict per finished epoch: means of what was logged in the
     loop's body, the last values of what was logged beside it."""
 
-    def __init__(self) -> None:
+    def __init__(self, health: Health) -> None:
+        self.health = health
         self.history: list[dict[str, Any]] = []
         self._fresh: dict[str, Any] = {}
         self._stale = False
-        self._pending: list[tuple[str, Any, bool]] = []
+        self._pending: list[tuple[str, Any, bool, int]] = []
+        self._waits_for_device = False
         self._sums: dict[str, list[float]] = {}
         self._last: dict[str, float] = {}
 
-    def log(self, values: dict[str, Any], *, in_body: bool) -> None:
-        """Take values in; `in_body` ones are averaged over the epoch."""
+    def log(self, values: dict[str, Any], *, in_body: bool, step: int) -> None:
+        """Take values of this step in; `in_body` ones are averaged over the epoch."""
         for name, value in values.items():
             _check(name, value)
         if self._stale:
@@ -34,9 +38,15 @@ class Metrics:
         for name, value in values.items():
             if hasattr(value, "detach"):
                 value = value.detach().clone()  # the script may go on adding to it
+                self._waits_for_device |= value.device.type != "cpu"
             self._fresh[name] = value
-            self._pending.append((name, value, in_body))
+            self._pending.append((name, value, in_body, step))
         if len(self._pending) > _MAX_PENDING:
+            self._fold()
+
+    def settle(self) -> None:
+        """Look at what was logged, unless that would have to wait for a device."""
+        if not self._waits_for_device:
             self._fold()
 
     def next_state(self) -> None:
@@ -56,6 +66,7 @@ class Metrics:
         record |= {name: total / count for name, (total, count) in self._sums.items()}
         self.history.append(record | self._last)
         self._sums, self._last = {}, {}
+        self.health.end_epoch()
 
     def state(self) -> dict[str, Any]:
         """All of it as plain values."""
@@ -71,16 +82,19 @@ class Metrics:
         self.history[:] = saved["history"]  # a script may have got hold of the list
         self._sums, self._last = saved["sums"], saved["last"]
         self._fresh, self._stale, self._pending = saved["fresh"], False, []
+        self.health.forget()
 
     def _fold(self) -> None:
-        for name, value, in_body in self._pending:
+        for name, value, in_body, step in self._pending:
+            number = float(value)
+            self.health.heard(name, number, step)
             if in_body:
                 entry = self._sums.setdefault(name, [0.0, 0])
-                entry[0] += float(value)
+                entry[0] += number
                 entry[1] += 1
             else:
-                self._last[name] = float(value)
-        self._pending = []
+                self._last[name] = number
+        self._pending, self._waits_for_device = [], False
 
 
 def _check(name: str, value: Any) -> None:

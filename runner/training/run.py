@@ -117,7 +117,7 @@ class Run:
         CaptureError names a value that is no number.
         """
         if metrics:
-            self._course.metrics.log(metrics, in_body=self._course.in_body)
+            self._course.log(metrics)
 
     def save(self) -> None:
         """Ask for a checkpoint at the next boundary."""

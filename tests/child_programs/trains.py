@@ -22,7 +22,7 @@ from typing import Any
 
 import runner
 
-PARAMS = runner.params(epochs=2, workers=0, helpers=False, gate="", befalls={})
+PARAMS = runner.params(epochs=2, workers=0, helpers=False, gate="", befalls={}, pace=0.0)
 SAMPLES, BATCH = 48, 4
 
 
@@ -129,6 +129,7 @@ def main() -> None:
             optimizer.zero_grad()
             loss.backward()
             befall(befalls.get(run.step + 1, ""), run)
+            time.sleep(PARAMS["pace"])
             optimizer.step()
             scheduler.step()
             run.log(train_loss=loss)

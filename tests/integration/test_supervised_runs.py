@@ -125,7 +125,7 @@ def test_sigusr1_makes_a_checkpoint_and_training_goes_on(node: Node) -> None:
     assert saved == [(12, ("final",)), (5, ("manual",))]
     assert len(node.records()) == 1
     log = node.call("logs", "job").out
-    assert [line for line in log.splitlines() if line in supervisor.out] == (
+    assert [line for line in log.splitlines() if line and line in supervisor.out] == (
         supervisor.out.splitlines()
     )
 
