@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: setup run test check bench clean
+.PHONY: setup run test check bench chaos clean
 
 setup: $(READY)
 
@@ -31,6 +31,12 @@ check: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m tests.bench.bench
+
+# Runs that everything befalls, with real processes; N of them, drawn from SEED on.
+N    ?= 25
+SEED ?= 1
+chaos: $(READY)
+	$(BIN)/python -m tests.chaos --histories $(N) --seed $(SEED)
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis runs outputs

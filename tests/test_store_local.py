@@ -583,7 +583,7 @@ def save(store: DirectoryStore, taken: Snapshot, owner: str, keep: Keep) -> None
     persister = Persister(store, ledger, keep)
     persister.sweep()
     manifest = persister.persist(taken.moment, views(taken.files))
-    ledger.update(committed=manifest.name)
+    ledger.committed(manifest.name, manifest.moment.step)
     persister.retain()
 
 

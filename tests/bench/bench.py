@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tests.bench import disturbing, s3, saving, stalling, starting
+from tests.bench import disturbing, enduring, s3, saving, stalling, starting
 from tests.bench.figures import Check, Figure, as_table
 from tests.bench.place import Place
 from tests.bench.supervised import warm_up
@@ -53,6 +53,9 @@ def measurements(repetitions: int, starts: int) -> dict[str, Callable[[Place], M
     for size in SAVING_SIZES_MB:
         parts[f"save-{size:g}"] = of_size(saving.measure, size)
     parts["every-step"] = of_size(saving.measure_every_step, EMERGENCY_SIZE_MB)
+    many = repetitions > QUICK_REPETITIONS
+    times = enduring.PREEMPTIONS if many else enduring.QUICK_PREEMPTIONS
+    parts["endure"] = lambda place: enduring.measure(place, times)
     if "S3_ENDPOINT" in os.environ:
         parts["s3"] = lambda place: s3.measure(place, repetitions)
         parts["s3-memory"] = lambda place: s3.measure_memory(place, 1)
