@@ -17,8 +17,8 @@ from runner.doctor.probes import Probes
 from runner.errors import StoreError, UsageError
 from runner.job import Job, check_run_id, is_s3
 from runner.store import Store
+from runner.supervisor.assignment import GRACE_VARIABLE
 from runner.supervisor.forecast import EmergencySave
-from runner.supervisor.loop import GRACE_VARIABLE
 from runner.supervisor.preflight import check_prefix, s3_options, store_of
 
 __all__ = ["Finding", "Verdict", "examine"]

@@ -27,8 +27,8 @@ from runner.simulation.plan import SpotPlan
 from runner.simulation.report import Death, build_report
 from runner.spool import Spool, spool_path
 from runner.store import Store
+from runner.supervisor.assignment import GRACE_VARIABLE, HOLD_VARIABLE
 from runner.supervisor.index import HOME_VARIABLE, SPOOL_ROOT_VARIABLE, files_of
-from runner.supervisor.loop import GRACE_VARIABLE, HOLD_VARIABLE
 from runner.supervisor.reaper import become_subreaper
 
 log = logging.getLogger(__name__)

@@ -6,16 +6,13 @@ says what they mean; the actions are carried out here. It never imports torch.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import queue
-import random
 import signal
 import socket
 import threading
 import time
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from types import FrameType
 from typing import Any
@@ -27,23 +24,29 @@ from watchdog.observers.api import BaseObserver
 from runner.board import Why
 from runner.checkpoint.archive import Archive
 from runner.checkpoint.attempts import Ledger, utc_now
-from runner.checkpoint.keeper import Keeper, Origin, is_foreign
+from runner.checkpoint.keeper import Keeper, is_foreign
 from runner.checkpoint.logs import StoredLogs
 from runner.checkpoint.outputs import Outputs
 from runner.checkpoint.persist import Persister
 from runner.checkpoint.provenance import collect
 from runner.errors import RunnerError, SpoolError, UsageError
-from runner.job import Every, Job, is_s3, resolved_command
+from runner.job import is_s3, resolved_command
 from runner.launch.cgroup import own_group, remove_empty
 from runner.launch.leftovers import end_leftovers
-from runner.launch.process import TrainerProcess, build_environment
+from runner.launch.process import TrainerProcess
 from runner.logs.files import LogLimits
 from runner.notices import Watch
-from runner.plan import BestMetric, Interval, Plan
 from runner.spool import Spool
 from runner.store import Store
 from runner.supervisor import events, index, listening, machine, stacks
 from runner.supervisor.abandoned import remove_abandoned
+from runner.supervisor.assignment import (
+    Assignment,
+    LocalFiles,
+    environment_for,
+    plan_for,
+    policy_for,
+)
 from runner.supervisor.clerk import Clerk
 from runner.supervisor.detached import DETACHED_VARIABLE
 from runner.supervisor.forecast import Forecaster
@@ -54,10 +57,6 @@ from runner.supervisor.upkeep import policy_of
 from runner.supervisor.vitals import Vitals
 
 log = logging.getLogger(__name__)
-
-HOLD_VARIABLE = "RUNNER_HOLD_AT_STEP"
-GRACE_VARIABLE = "RUNNER_GRACE_SECONDS"
-"""How a simulated node tells what it is going to do; both stay with the supervisor."""
 
 _TICK_SECONDS = 0.02
 _HEIR_SECONDS = 30.0  # for the child of a script that has forked and ended, to attach
@@ -74,16 +73,6 @@ _SIGNALS = (
 )
 
 
-@dataclass(frozen=True)
-class Assignment:
-    """What a supervisor is to run: a job, under which name, and what it begins from."""
-
-    job: Job
-    run_id: str
-    begin_at: str | None = None
-    origin: Origin | None = None
-
-
 class Supervisor:
     """Runs one job to its end, or to the end of this node. `run` gives the exit code."""
 
@@ -94,9 +83,8 @@ class Supervisor:
         self._events: queue.SimpleQueue[events.Event] = queue.SimpleQueue()
         self._provenance: dict[str, Any] = {}
         self._rank = spool.rank
-        files = index.files_of(assignment.run_id, store.url)
-        self._disk, self._output_dir = files / ".slots", files / "outputs"
-        best, policy = job.checkpoint.keep.best, _policy(job, assignment.run_id)
+        self._files = LocalFiles(index.files_of(assignment.run_id, store.url))
+        best, policy = job.checkpoint.keep.best, policy_for(assignment)
         persister = Persister(
             store,
             ledger,
@@ -110,7 +98,7 @@ class Supervisor:
             Archive(store, assignment.run_id),
             best=None if best is None else (best.metric, best.mode),
             prefer_healthy=job.health.restore == "healthy",
-            disk=self._disk,
+            disk=self._files.slots,
             always_disk=job.checkpoint.slots == 0,
         )
         self._clerk = Clerk(
@@ -365,31 +353,19 @@ class Supervisor:
         self._vitals.attempt_begins()
         self._memory.begin()
         self._heir_until = None
-        self._spool.write_plan(self._plan(self._attempt).to_json())
+        self._spool.write_plan(plan_for(self._assignment, self._attempt, self._files).to_json())
         output = self._logs.pipes()
         try:
             self._trainer = TrainerProcess.start(
                 resolved_command(self._job),
                 cwd=self._job.workdir,
-                env=self._environment(),
+                env=environment_for(self._assignment, self._attempt, self._spool.path, self._files),
                 stdout=output.stdout,
                 stderr=output.stderr,
                 groups=self._groups,
             )
         finally:
             output.launched()
-
-    def _environment(self) -> dict[str, str]:
-        own = {
-            "RUNNER_RUN_ID": self._assignment.run_id,
-            "RUNNER_ATTEMPT": str(self._attempt),
-            "RUNNER_SPOOL": str(self._spool.path),
-            "RUNNER_PARAMS": json.dumps(self._job.params),
-            "RUNNER_OUTPUT_DIR": str(self._output_dir),
-        }
-        environment = build_environment(os.environ, own, self._job.env)
-        environment.setdefault("PYTHONUNBUFFERED", "1")
-        return environment
 
     def _ask(self, kind: Any, why: Why, deadline: float) -> None:
         board = self._clerk.board
@@ -454,27 +430,7 @@ class Supervisor:
 
     def _outputs(self, store: Store) -> Outputs:
         limit = self._job.outputs.max_size_bytes
-        return Outputs(store, self._assignment.run_id, self._output_dir, limit)
-
-    def _plan(self, attempt: int) -> Plan:
-        checkpoint, best = self._job.checkpoint, self._job.checkpoint.keep.best
-        every, snapshots = checkpoint.every, checkpoint.snapshot_every
-        hold = os.environ.get(HOLD_VARIABLE)
-        return Plan(
-            run_id=self._assignment.run_id,
-            attempt=attempt,
-            output_dir=str(self._output_dir),
-            disk=str(self._disk),
-            every=_interval(every),
-            weights_every=_interval(checkpoint.weights_every),
-            every_auto=every is None,
-            snapshot_steps=snapshots.steps if snapshots else None,
-            slots=checkpoint.slots,
-            overlap=checkpoint.overlap,
-            best=None if best is None else BestMetric(best.metric, best.mode, best.count),
-            health_metrics=tuple(self._job.health.metrics),
-            hold_at_step=int(hold) if hold else None,
-        )
+        return Outputs(store, self._assignment.run_id, self._files.outputs, limit)
 
     def _collect_provenance(self) -> None:
         self._provenance = collect(self._job.workdir, resolved_command(self._job))
@@ -522,27 +478,6 @@ class Supervisor:
         else:
             log.warning("%s keeps the newest state for the next start here", self._spool.path)
             self._spool.close()
-
-
-def _policy(job: Job, run_id: str) -> machine.Policy:
-    restart = job.restart
-    grace = os.environ.get(GRACE_VARIABLE)
-    return machine.Policy(
-        grace_seconds=float(grace) if grace else job.preemption.grace_seconds,
-        failures=restart.failures,
-        backoff_initial_seconds=restart.backoff.initial_seconds,
-        backoff_max_seconds=restart.backoff.max_seconds,
-        hang_timeout_seconds=restart.hang_timeout_seconds,
-        never=tuple(restart.never),
-        restore_healthy=job.health.restore == "healthy",
-        seed=random.SystemRandom().getrandbits(32),
-        stacks_seconds=stacks.seconds_needed(),
-        logs=f"`runner logs {run_id}`",
-    )
-
-
-def _interval(every: Every | None) -> Interval:
-    return Interval() if every is None else Interval(every.steps, every.minutes, every.epochs)
 
 
 def _wall_clock(monotonic_seconds: float) -> str:

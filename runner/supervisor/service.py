@@ -17,8 +17,9 @@ from runner.job import Job, check_launchable, check_run_id, differences, is_s3, 
 from runner.spool import Spool, new_owner, spool_path
 from runner.store import Store
 from runner.supervisor import index
+from runner.supervisor.assignment import Assignment
 from runner.supervisor.beginning import beginning_of, real_place
-from runner.supervisor.loop import Assignment, Supervisor
+from runner.supervisor.loop import Supervisor
 from runner.supervisor.preflight import (
     check_reachable,
     check_writable,

@@ -1,0 +1,110 @@
+"""What a supervisor is given to run, and what that means for it and for its trainer.
+
+Pure but for two variables of the environment, by which a simulated node tells what it is going to
+do.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from runner.checkpoint.keeper import Origin
+from runner.job import Every, Job
+from runner.launch.process import build_environment
+from runner.plan import BestMetric, Interval, Plan
+from runner.supervisor import machine, stacks
+
+HOLD_VARIABLE = "RUNNER_HOLD_AT_STEP"
+GRACE_VARIABLE = "RUNNER_GRACE_SECONDS"
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """A job, under which name it runs, and what it begins from."""
+
+    job: Job
+    run_id: str
+    begin_at: str | None = None
+    origin: Origin | None = None
+
+
+@dataclass(frozen=True)
+class LocalFiles:
+    """The folder of a run on this node."""
+
+    folder: Path
+
+    @property
+    def outputs(self) -> Path:
+        """The script's own files."""
+        return self.folder / "outputs"
+
+    @property
+    def slots(self) -> Path:
+        """Where a slot goes that memory is too short for."""
+        return self.folder / ".slots"
+
+
+def policy_for(assignment: Assignment) -> machine.Policy:
+    """What the machine obeys."""
+    job, grace = assignment.job, os.environ.get(GRACE_VARIABLE)
+    restart = job.restart
+    return machine.Policy(
+        grace_seconds=float(grace) if grace else job.preemption.grace_seconds,
+        failures=restart.failures,
+        backoff_initial_seconds=restart.backoff.initial_seconds,
+        backoff_max_seconds=restart.backoff.max_seconds,
+        hang_timeout_seconds=restart.hang_timeout_seconds,
+        never=tuple(restart.never),
+        restore_healthy=job.health.restore == "healthy",
+        seed=random.SystemRandom().getrandbits(32),
+        stacks_seconds=stacks.seconds_needed(),
+        logs=f"`runner logs {assignment.run_id}`",
+    )
+
+
+def plan_for(assignment: Assignment, attempt: int, files: LocalFiles) -> Plan:
+    """What the trainer of an attempt must know."""
+    job = assignment.job
+    checkpoint, best = job.checkpoint, job.checkpoint.keep.best
+    every, snapshots = checkpoint.every, checkpoint.snapshot_every
+    hold = os.environ.get(HOLD_VARIABLE)
+    return Plan(
+        run_id=assignment.run_id,
+        attempt=attempt,
+        output_dir=str(files.outputs),
+        disk=str(files.slots),
+        every=_interval(every),
+        weights_every=_interval(checkpoint.weights_every),
+        every_auto=every is None,
+        snapshot_steps=snapshots.steps if snapshots else None,
+        slots=checkpoint.slots,
+        overlap=checkpoint.overlap,
+        best=None if best is None else BestMetric(best.metric, best.mode, best.count),
+        health_metrics=tuple(job.health.metrics),
+        hold_at_step=int(hold) if hold else None,
+    )
+
+
+def environment_for(
+    assignment: Assignment, attempt: int, spool: Path, files: LocalFiles
+) -> dict[str, str]:
+    """The environment of the trainer."""
+    own = {
+        "RUNNER_RUN_ID": assignment.run_id,
+        "RUNNER_ATTEMPT": str(attempt),
+        "RUNNER_SPOOL": str(spool),
+        "RUNNER_PARAMS": json.dumps(assignment.job.params),
+        "RUNNER_OUTPUT_DIR": str(files.outputs),
+    }
+    environment = build_environment(os.environ, own, assignment.job.env)
+    environment.setdefault("PYTHONUNBUFFERED", "1")
+    return environment
+
+
+def _interval(every: Every | None) -> Interval:
+    return Interval() if every is None else Interval(every.steps, every.minutes, every.epochs)
