@@ -43,6 +43,8 @@ from runner.checkpoint.retention import Keep
 from runner.plan import Plan
 from runner.spool import RankSpool, Spool, is_locked, new_owner
 from runner.store import DirectoryStore
+from runner.training import session
+from runner.training.lifeline import Lifeline
 from runner.training.slots import SlotMemory
 
 RUN_ID = "run"
@@ -226,6 +228,12 @@ def _new_process(spool: Path, params: dict[str, Any], attempt: int) -> Iterator[
         while not slots.is_ready():  # steps here are so short that they would all be over before
             time.sleep(_POLL_SECONDS)
 
+    lifelines: list[Lifeline] = []
+
+    def lifeline(*arguments: Any) -> Lifeline:
+        lifelines.append(Lifeline(*arguments))
+        return lifelines[-1]
+
     random.seed(f"attempt {attempt}")
     np.random.seed(attempt)
     torch.manual_seed(1000 + attempt)
@@ -233,9 +241,12 @@ def _new_process(spool: Path, params: dict[str, Any], attempt: int) -> Iterator[
         with (
             mock.patch.dict(os.environ, environment),
             mock.patch.object(SlotMemory, "expect", expect_and_wait),
+            mock.patch.object(session, "Lifeline", lifeline),
         ):
             yield
     finally:
+        for one in lifelines:  # this process does not end with the attempt
+            one.close()
         faulthandler.unregister(signal.SIGRTMIN)
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
