@@ -2,7 +2,8 @@
 
     python -m tests.bench.bench [--quick] [--json FILE | -o json] [--only NAME] [--patience SECONDS]
 
-With `S3_ENDPOINT` in the environment (`python -m tests.servers.ceph up` prints it), a bucket, too.
+With `S3_ENDPOINT` in the environment, a bucket, too: `PYTHONPATH=tests python -m servers.ceph up`
+brings up a server and prints what reaches it.
 Prints a table, or one JSON document with everything in it. Ends with 1 if what was measured was
 not right: if a run that was disturbed did not end in the very state of one that was not. A limit
 that was missed is printed, and no error: it may be the machine's fault.
