@@ -67,7 +67,12 @@ __all__ = [
 ]
 
 _SWITCHES: frozenset[KeyPath] = frozenset(
-    {("s3", "conditional_writes"), ("checkpoint", "compression"), ("resources", "memory_guard")}
+    {
+        ("s3", "conditional_writes"),
+        ("checkpoint", "compression"),
+        ("resources", "memory_guard"),
+        ("metrics", "port"),
+    }
 )
 _RUN_ID = r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}"
 

@@ -20,6 +20,7 @@ from pydantic import (
     model_validator,
 )
 
+from runner.job_metrics import Cost, Metrics
 from runner.job_store import S3, STORE_PATTERN, is_s3, store_location
 from runner.job_types import (
     DEFAULT_GUARD,
@@ -374,6 +375,8 @@ class Job(Part):
     outputs: Outputs = Outputs()
     resources: Resources = Resources()
     logs: Logs = Logs()
+    metrics: Metrics = Metrics()
+    cost: Cost | None = None
 
     @field_validator("s3")
     @classmethod

@@ -139,6 +139,7 @@ class Node:
             "store": str(self.store_folder),
             "checkpoint": {"every": {"minutes": 600}, "snapshot_every": {"steps": 1}},
             "restart": {"backoff": {"initial": "1ms", "max": "1ms"}},
+            "metrics": {"port": "off"},
         }
         path = self.folder / f"{name}.json"
         path.write_text(json.dumps(document | keys))

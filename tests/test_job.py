@@ -52,6 +52,8 @@ checkpoint:
 preemption: {grace: 2m, notices: [aws, azure]}
 restart: {failures: 0, backoff: {initial: 250ms, max: 1h}, hang_timeout: 1.5h, never: [2, 78]}
 health: {metrics: [train_loss], restore: healthy}
+metrics: {port: 9500, host: 0.0.0.0, pushgateway: "http://pushgateway:9091/"}
+cost: {per_hour: 1.2}
 """
 
 Load = Callable[..., Job]
@@ -103,6 +105,8 @@ def test_a_job_of_two_keys_gets_the_documented_defaults(load: Load, tmp_path: Pa
     assert (job.checkpoint.compression, job.checkpoint.weights_every, job.s3) == (None, None, None)
     assert job.outputs.max_size_bytes == 2**30
     assert (job.logs.max_size_bytes, job.logs.files) == (64 << 20, 8)
+    assert (job.metrics.host, job.metrics.port, job.metrics.is_served) == ("127.0.0.1", 9400, True)
+    assert (job.metrics.pushgateway, job.cost) == (None, None)
 
 
 def test_every_key_is_read(load: Load, tmp_path: Path) -> None:
@@ -133,6 +137,10 @@ def test_every_key_is_read(load: Load, tmp_path: Path) -> None:
     assert job.restart.backoff.max_seconds == 3600
     assert job.restart.hang_timeout_seconds == 5400
     assert (job.health.metrics, job.health.restore) == (("train_loss",), "healthy")
+    assert (job.metrics.host, job.metrics.port) == ("0.0.0.0", 9500)
+    assert job.metrics.pushgateway == "http://pushgateway:9091"
+    assert job.cost is not None
+    assert job.cost.per_hour == 1.2
 
 
 ON_S3 = """
@@ -301,10 +309,26 @@ def test_the_memory_guard_is_a_share_or_a_switch(load: Load, written: str, meant
     assert load(MINIMAL).resources.memory_guard == 0.95
 
 
+@pytest.mark.parametrize("written", ["off", "Off", "false"])
+def test_the_endpoint_can_be_off_in_every_spelling(load: Load, written: str) -> None:
+    job = load(f"{MINIMAL}metrics: {{port: {written}}}\n")
+
+    assert not job.metrics.is_served
+    assert job_as_submitted(job)["metrics"] == {"port": "off", "host": "127.0.0.1"}
+    assert Job.model_validate(job_as_submitted(job)) == job
+
+
 # What is refused, and how it is said
 
 REFUSED = {
     # in the file → what the message has to say, after `job.yaml:3: `
+    "metrics: {port: 65536}": "metrics.port: expected a port from 0 to 65535 (0: any that is free",
+    "metrics: {port: true}": "metrics.port: expected a port from 0 to 65535",
+    "metrics: {host: a b}": "metrics.host: expected an address of this machine",
+    "metrics: {pushgateway: gateway}": "metrics.pushgateway: expected the URL of a Pushgateway",
+    "metrics: {pushgateway: 'http://u:p@g'}": "metrics.pushgateway: expected a URL without cred",
+    "cost: {per_hour: 0}": "cost.per_hour: expected more than 0, got 0",
+    "cost: {}": "cost.per_hour: is missing",
     "comand: x": "comand: is not a key of a job; did you mean command?",
     "Store: x": "Store: is not a key of a job; did you mean store?",
     "grace: 5s": "grace: is not a key of a job; did you mean preemption.grace?",

@@ -51,6 +51,7 @@ from runner.supervisor.clerk import Clerk
 from runner.supervisor.detached import DETACHED_VARIABLE
 from runner.supervisor.forecast import Forecaster
 from runner.supervisor.memory_guard import MemoryGuard
+from runner.supervisor.monitor import Monitor, Sight
 from runner.supervisor.reaper import become_subreaper, reap_orphans
 from runner.supervisor.runlog import RunLog
 from runner.supervisor.upkeep import policy_of
@@ -110,6 +111,7 @@ class Supervisor:
             Forecaster(policy.grace_seconds, chooses_interval=job.checkpoint.every is None),
             self._outputs(store) if is_s3(store.url) else None,
         )
+        self._monitor = Monitor(assignment, store.url, Sight(lambda: self._clerk.board, ledger))
         self._store = store
         self._state, self._actions = machine.begin(policy)
         self._logs = RunLog(
@@ -139,6 +141,7 @@ class Supervisor:
         """Run until a terminal state; leave nothing of the trainer behind."""
         before = {signum: signal.signal(signum, self._on_signal) for signum in _SIGNALS}
         self._logs.start()
+        self._monitor.start()
         become_subreaper()
         (self._spool.path / "stop").unlink(missing_ok=True)  # meant for a supervisor before
         leftovers = end_leftovers(self._spool.path)
@@ -156,6 +159,7 @@ class Supervisor:
             while self._state.phase not in machine.TERMINAL:
                 self._advance(self._next_event())
         finally:
+            self._monitor.leaving()
             self._end_trainer()
             fenced = self._state.phase is machine.Phase.FENCED
             saved = self._clerk.finish(self._seconds_left(), fenced=fenced)
@@ -165,6 +169,7 @@ class Supervisor:
             self._logs.finish(seconds, ship=saved and not fenced)
             self._leave_clouds(saved)
             self._leave(saved)
+            self._monitor.close(self._seconds_left())
             for signum, handler in before.items():
                 signal.signal(signum, handler)
         return self._state.exit_code
@@ -173,6 +178,7 @@ class Supervisor:
 
     def _next_event(self) -> events.Event:
         """The next event, or a tick after looking around."""
+        self._monitor.beat()
         try:
             return self._events.get(timeout=_TICK_SECONDS)
         except queue.Empty:
@@ -302,6 +308,7 @@ class Supervisor:
             self._last_saved_at = max(event.at, self._last_saved_at or event.at)
         if self._state.phase is not before.phase:
             self._publish()
+        self._monitor.heard(event, before, self._state)
         self._perform(actions)
 
     def _perform(self, actions: list[events.Action]) -> None:
@@ -450,6 +457,7 @@ class Supervisor:
             "phase": self._state.phase.value,
             "attempt": self._attempt,
             "cause": self._state.cause,
+            "metrics": self._monitor.address,
         }
         try:
             self._spool.publish_status(status)
