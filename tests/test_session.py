@@ -76,6 +76,7 @@ def test_a_snapshot_for_which_somebody_took_the_room_is_passed_over(
 ) -> None:
     session = Session(spool_in(small, tmp_path).path, supervised=False)
     session.slots.expect(65536)
+    wait_until(session.slots.is_ready, what="the slots")
     assert save(session, 1)
     with contextlib.suppress(OSError), (small / "filler").open("wb", buffering=0) as filler:
         while filler.write(bytes(4096)):

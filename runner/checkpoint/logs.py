@@ -1,6 +1,7 @@
 """The log of a run in its store, so that it outlives the node.
 
     <run>/logs/000012-000000000000-000000065536.log    bytes 0 to 65536 of the log of attempt 12
+    <run>/metrics/000012-….jsonl                       the same of what its script has logged
 
 Each stretch is written once and never changed. What is there already is known from the names alone.
 The oldest are deleted when all of them together have more than may be kept.
@@ -15,23 +16,29 @@ from runner.errors import NotFound
 from runner.logs.files import LocalLogs, Span
 from runner.store import Store
 
-_NAME = re.compile(r"(\d{6,})-(\d{12,})-(\d{12,})\.log")
+_NAME = re.compile(r"(\d{6,})-(\d{12,})-(\d{12,})(\.\w+)")
 _SEGMENT_BYTES = 2 << 20
 _MOST_READ_BYTES = 64 << 20
 _MOST_SEGMENTS = 4000  # four pages of a listing
 
 
 class StoredLogs:
-    """The log's stretches in a store: a source to read from, and where `ship` brings more."""
+    """The log's stretches in a store: a source to read from, and where `ship` brings more.
 
-    def __init__(self, store: Store, run_id: str) -> None:
-        self._store, self._run_id = store, run_id
+    They lie in a folder of the run, `logs` unless another is named.
+    """
+
+    def __init__(
+        self, store: Store, run_id: str, folder: str = "logs", suffix: str = ".log"
+    ) -> None:
+        self._store, self._folder, self._suffix = store, f"{run_id}/{folder}", suffix
         self._block: tuple[Span, bytes] | None = None
 
     def spans(self) -> list[Span]:
         """What there is, in order. Raises StoreError."""
-        names = map(_NAME.fullmatch, self._store.children(f"{self._run_id}/logs"))
-        found = (Span(*map(int, name.groups())) for name in names if name is not None)
+        names = [_NAME.fullmatch(name) for name in self._store.children(self._folder)]
+        ours = [name.groups() for name in names if name is not None and name[4] == self._suffix]
+        found = (Span(int(attempt), int(begin), int(end)) for attempt, begin, end, _ in ours)
         return sorted(span for span in found if span.begin < span.end)
 
     def read(self, span: Span, begin: int, limit: int) -> bytes:
@@ -82,4 +89,5 @@ class StoredLogs:
             self._store.delete([self._key(span) for span in doomed])
 
     def _key(self, span: Span) -> str:
-        return f"{self._run_id}/logs/{span.attempt:06d}-{span.begin:012d}-{span.end:012d}.log"
+        name = f"{span.attempt:06d}-{span.begin:012d}-{span.end:012d}"
+        return f"{self._folder}/{name}{self._suffix}"

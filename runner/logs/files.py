@@ -1,4 +1,4 @@
-"""The log files of a run on this machine: each attempt begins one, and size limits them all.
+"""Files of a run on this machine that only grow: each attempt begins one, and size limits them all.
 
     000012-000000000000.log    the log of attempt 12 from its byte 0 on
     000012-000008388608.log    from there on
@@ -23,7 +23,7 @@ from runner.logs import lines
 
 log = logging.getLogger(__name__)
 
-_NAME = re.compile(r"(\d{6,})-(\d{12,})\.log")
+_NAME = re.compile(r"(\d{6,})-(\d{12,})")
 _RETRY_SECONDS = 1.0
 _MOST_FILES = 1000  # an attempt that fails at once leaves one of a few hundred bytes
 
@@ -52,17 +52,17 @@ class Span:
 class LocalLogs:
     """The log files in a folder, for reading. They may grow and go while they are read."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, suffix: str = ".log") -> None:
+        self.folder, self._suffix = folder, suffix
 
     def spans(self) -> list[Span]:
         """What there is, in order."""
-        return sorted(span for span, _ in _files(self.folder))
+        return sorted(span for span, _ in _files(self.folder, self._suffix))
 
     def read(self, span: Span, begin: int, limit: int) -> bytes:
         """From `begin` on, `limit` bytes at most; nothing if the file is gone."""
         try:
-            with (self.folder / _name(span.attempt, span.begin)).open("rb") as file:
+            with (self.folder / _name(span.attempt, span.begin, self._suffix)).open("rb") as file:
                 file.seek(begin - span.begin)
                 return file.read(min(limit, span.end - begin))
         except FileNotFoundError:
@@ -70,10 +70,19 @@ class LocalLogs:
 
 
 class LogWriter:
-    """Appends records to the files of a run. Used by one thread; never raises."""
+    """Appends records to the files of a run. Used by one thread; never raises.
 
-    def __init__(self, folder: Path, limits: LogLimits) -> None:
-        self._folder, self._limits = folder, limits
+    `what` is in them, for a warning that it is not kept.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        limits: LogLimits,
+        suffix: str = ".log",
+        what: str = "what the trainer prints",
+    ) -> None:
+        self._folder, self._limits, self._suffix, self._what = folder, limits, suffix, what
         self._attempt = self._offset = self._size = 0
         self._file: int | None = None
         self._lost, self._problem, self._retry_at = 0, "", 0.0
@@ -105,7 +114,7 @@ class LogWriter:
         """Another attempt, another file. Later ones are of a run of that name that was removed."""
         self.close()
         self._attempt, self._offset, self._is_cut = attempt, 0, False
-        for span, path in _files(self._folder):
+        for span, path in _files(self._folder, self._suffix):
             if span.attempt >= attempt:
                 path.unlink(missing_ok=True)
 
@@ -128,13 +137,13 @@ class LogWriter:
         self.close()
         self._folder.mkdir(parents=True, exist_ok=True)
         self._make_room()
-        path = self._folder / _name(self._attempt, self._offset)
+        path = self._folder / _name(self._attempt, self._offset, self._suffix)
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
         self._file, self._size = os.open(path, flags, 0o640), 0
 
     def _make_room(self) -> None:
         """Remove the oldest, so that a file more stays within the limit."""
-        found = sorted(_files(self._folder))
+        found = sorted(_files(self._folder, self._suffix))
         total = sum(span.end - span.begin for span, _ in found)
         most = self._limits.max_bytes - self._limits.file_bytes
         for number, (span, path) in enumerate(found):
@@ -146,7 +155,7 @@ class LogWriter:
     def _refused(self, error: OSError, nbytes: int) -> None:
         self.close()
         if not self._lost:
-            log.warning("what the trainer prints is not kept for now: %s", error)
+            log.warning("%s is not kept for now: %s", self._what, error)
         self._lost += nbytes
         self._problem = error.strerror or str(error)
         self._retry_at = time.monotonic() + _RETRY_SECONDS
@@ -167,18 +176,18 @@ def _pieces(data: bytes, limit: int) -> Iterator[bytes]:
         yield data[begin:]
 
 
-def _name(attempt: int, begin: int) -> str:
-    return f"{attempt:06d}-{begin:012d}.log"
+def _name(attempt: int, begin: int, suffix: str) -> str:
+    return f"{attempt:06d}-{begin:012d}{suffix}"
 
 
-def _files(folder: Path) -> list[tuple[Span, Path]]:
+def _files(folder: Path, suffix: str) -> list[tuple[Span, Path]]:
     found = []
     try:
         paths = list(folder.iterdir())
     except (FileNotFoundError, NotADirectoryError):
         return []
     for path in paths:
-        name = _NAME.fullmatch(path.name)
+        name = _NAME.fullmatch(path.stem) if path.suffix == suffix else None
         with contextlib.suppress(OSError):  # removed by the next rotation
             if name is not None:
                 attempt, begin = int(name[1]), int(name[2])

@@ -2,6 +2,7 @@
 
     $RUNNER_HOME/runs/<run>-<hash of the store>.json     one run
     $RUNNER_HOME/logs/<run>-<hash of the store>/     what its attempts said, see `runner.logs`
+    $RUNNER_HOME/metrics/<run>-<hash of the store>/  the values they have logged, see `pointlog`
     $RUNNER_HOME/files/<run>-<hash of the store>/    local files of a run whose store is S3
 
 Nothing here is needed to continue a run: that is the store's part. Of an S3 server it is remembered
@@ -56,6 +57,10 @@ def home() -> Path:
 
 def logs_of(run_id: str, store: str) -> Path:
     return home() / "logs" / _key(run_id, store)
+
+
+def metrics_of(run_id: str, store: str) -> Path:
+    return home() / "metrics" / _key(run_id, store)
 
 
 def files_of(run_id: str, store: str, state_folder: Path | None = None) -> Path:

@@ -44,6 +44,11 @@ class KnownRun:
     logs: Path
 
     @property
+    def metrics(self) -> Path:
+        """Where this machine keeps what the run's scripts have logged: beside the logs."""
+        return self.logs.parent.with_name("metrics") / self.logs.name
+
+    @property
     def archive(self) -> Archive:
         return Archive(self.store, self.run_id)
 

@@ -52,6 +52,7 @@ from runner.supervisor.detached import DETACHED_VARIABLE
 from runner.supervisor.forecast import Forecaster
 from runner.supervisor.memory_guard import MemoryGuard
 from runner.supervisor.monitor import Monitor, Sight
+from runner.supervisor.pointlog import PointLog, stored_points
 from runner.supervisor.reaper import become_subreaper, reap_orphans
 from runner.supervisor.runlog import RunLog
 from runner.supervisor.upkeep import policy_of
@@ -114,6 +115,11 @@ class Supervisor:
         self._monitor = Monitor(assignment, store.url, Sight(lambda: self._clerk.board, ledger))
         self._store = store
         self._state, self._actions = machine.begin(policy)
+        self._points = PointLog(
+            self._rank.folder,
+            index.metrics_of(assignment.run_id, store.url),
+            stored_points(store, assignment.run_id),
+        )
         self._logs = RunLog(
             index.logs_of(assignment.run_id, store.url),
             LogLimits(job.logs.max_size_bytes, job.logs.files),
@@ -121,6 +127,7 @@ class Supervisor:
             ledger.check_fence,
             lambda: self._state.deadline is None,
             passes_through=DETACHED_VARIABLE not in os.environ,
+            also=[self._points.shipment],
         )
         self._trainer: TrainerProcess | None = None
         self._groups = own_group()
@@ -165,6 +172,7 @@ class Supervisor:
             saved = self._clerk.finish(self._seconds_left(), fenced=fenced)
             observer.stop()
             tidying.join(_TIDYING_SECONDS)
+            self._points.finish()
             seconds = min(_SHIPPING_SECONDS, self._seconds_left() / 2)
             self._logs.finish(seconds, ship=saved and not fenced)
             self._leave_clouds(saved)
@@ -200,6 +208,7 @@ class Supervisor:
             return events.StopAsked(now)
         if trainer is None:
             return events.Tick(now)
+        self._points.look()
         board = self._clerk.board
         if board is not None:
             trainer.follow(board.pid)
@@ -298,6 +307,7 @@ class Supervisor:
     def _advance(self, event: events.Event) -> None:
         before = self._state
         if isinstance(event, events.Claimed):
+            self._points.begin(event.attempt)
             self._logs.begin(event.attempt)
         if isinstance(event, events.Interrupt) and self._clerk.board is not None:
             # What a second one costs is said at once, so it must be known where the trainer is.
@@ -408,6 +418,7 @@ class Supervisor:
         code = trainer.poll()
         trainer.close()
         self._trainer = None
+        self._points.look()
         self._logs.drain()
         if code is not None and not self._exit_seen:
             self._events.put(self._exited(code))

@@ -11,7 +11,7 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from runner.checkpoint.logs import StoredLogs
@@ -19,7 +19,7 @@ from runner.logs import lines
 from runner.logs.files import LocalLogs, LogLimits, LogWriter
 from runner.logs.sink import Patience, Sink
 from runner.supervisor.output import STDERR, Output, PassThrough
-from runner.supervisor.shipping import Courier
+from runner.supervisor.shipping import Courier, Shipment
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +35,7 @@ class RunLog:
 
     `may_ship` is asked from another thread: False while everything is for an emergency save.
     Without `passes_through` the trainer's output is in the files only; messages always pass.
+    `also` goes into the store together with the log.
     """
 
     def __init__(
@@ -46,10 +47,12 @@ class RunLog:
         may_ship: Callable[[], bool],
         *,
         passes_through: bool = True,
+        also: Sequence[Shipment] = (),
     ) -> None:
         self._folder, self._limits, self._stored = folder, limits, stored
         self._check_fence, self._may_ship = check_fence, may_ship
         self._passes_through = passes_through or not limits.max_bytes
+        self._also = also
         self._attempt = 0
         self._lock = threading.Lock()
         self._held: list[bytes] = []
@@ -82,18 +85,17 @@ class RunLog:
             held, self._held = self._held, []
         for text in held:
             self._keep_message(text)
-        if self._kept is None:
-            return
-        if self._courier is None:
-            self._courier = Courier(
-                self._stored,
-                LocalLogs(self._folder),
-                self._limits.max_bytes,
-                self._check_fence,
-                self._may_ship,
-            )
+        if self._courier is None and (shipments := self._shipments()):
+            self._courier = Courier(shipments, self._check_fence, self._may_ship)
             self._courier.start()
-        self._courier.begin(attempt)
+        if self._courier is not None:
+            self._courier.begin(attempt)
+
+    def _shipments(self) -> list[Shipment]:
+        if self._kept is None:
+            return list(self._also)
+        mine = Shipment(LocalLogs(self._folder), self._stored, self._limits.max_bytes)
+        return [mine, *self._also]
 
     def pipes(self) -> Output:
         """What the trainer of this attempt is to print into."""

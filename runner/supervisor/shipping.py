@@ -1,4 +1,4 @@
-"""The supervisor's courier: a thread that brings the log into the store, after everything else.
+"""The supervisor's courier: a thread that brings logs into the store, after everything else.
 
 It goes when an attempt has ended, and every few minutes while one runs: more seldom the longer it
 runs, so that a month is not ten thousand objects. It gives way to the trainer, and begins nothing
@@ -11,7 +11,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from runner.checkpoint.logs import StoredLogs
 from runner.errors import Fenced, StoreError
@@ -25,19 +26,26 @@ _SHARE_OF_AGE = 0.1
 _NICENESS = 10
 
 
+@dataclass(frozen=True)
+class Shipment:
+    """Files on this node that belong into the store, and how much of them is kept there."""
+
+    local: LocalLogs
+    stored: StoredLogs
+    max_bytes: int
+
+
 class Courier(threading.Thread):
     """Ships what is new. A store that refuses is asked again at the next round."""
 
     def __init__(
         self,
-        stored: StoredLogs,
-        local: LocalLogs,
-        max_bytes: int,
+        shipments: Sequence[Shipment],
         check_fence: Callable[[], None],
         may_go_on: Callable[[], bool],
     ) -> None:
         super().__init__(name="courier", daemon=True)
-        self._stored, self._local, self._max_bytes = stored, local, max_bytes
+        self._shipments = shipments
         self._check_fence, self._may_go_on = check_fence, may_go_on
         self._attempt, self._began_at = 0, time.monotonic()
         self._wake = threading.Event()
@@ -77,7 +85,8 @@ class Courier(threading.Thread):
         """False if a newer supervisor has the run: then nothing is written any more."""
         try:
             self._check_fence()
-            self._stored.ship(self._local, self._max_bytes, self._attempt, self._may_begin)
+            for one in self._shipments:
+                one.stored.ship(one.local, one.max_bytes, self._attempt, self._may_begin)
         except Fenced:
             return False
         except (StoreError, OSError) as error:

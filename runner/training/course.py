@@ -85,7 +85,9 @@ class Course:
     def __init__(self, session: Session, state: TrainingState, watch: OptimizerWatch) -> None:
         self.session, self.state, self.watch = session, state, watch
         self.place = Place()
-        self.metrics = Metrics(Health(session.plan.is_health_metric))
+        self.metrics = Metrics(
+            Health(session.plan.is_health_metric), session.emit, session.plan.attempt
+        )
         self.streams = Streams(state.generators)
         self.loop: Loop | None = None
         self.in_body = False
@@ -340,7 +342,7 @@ class Course:
     def log(self, values: dict[str, Any]) -> None:
         """Take metrics in: in the loop's body they are of the step that it makes."""
         step = self.place.step + 1 if self.in_body else self.place.step
-        self.metrics.log(values, in_body=self.in_body, step=step)
+        self.metrics.log(values, in_body=self.in_body, step=step, epoch=self.place.epoch)
 
     def ask_to_save(self) -> None:
         self._ask_to_save = True

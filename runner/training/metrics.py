@@ -7,30 +7,55 @@ whether it is finite.
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from runner.errors import CaptureError
+from runner.points import Point
 from runner.training.health import Health
 
 _MAX_PENDING = 4096
 
+Emit = Callable[[Sequence[Point]], None]
+
+
+@dataclass(frozen=True)
+class _Logged:
+    """One value as it was logged; `in_body` says that it is of a step, not beside all of them."""
+
+    name: str
+    value: Any
+    in_body: bool
+    step: int
+    epoch: int
+    time: float
+
+    @property
+    def place(self) -> tuple[int, int]:
+        return self.step, self.epoch
+
 
 class Metrics:
     """Logged values. `history` has one dict per finished epoch: means of what was logged in the
-    loop's body, the last values of what was logged beside it."""
+    loop's body, the last values of what was logged beside it. `emit` is given each value once, as
+    soon as it is a number; `attempt` is whose it is."""
 
-    def __init__(self, health: Health) -> None:
+    def __init__(self, health: Health, emit: Emit | None = None, attempt: int = 0) -> None:
         self.health = health
+        self._emit, self._attempt = emit, attempt
         self.history: list[dict[str, Any]] = []
         self._fresh: dict[str, Any] = {}
         self._stale = False
-        self._pending: list[tuple[str, Any, bool, int]] = []
+        self._pending: list[_Logged] = []
         self._waits_for_device = False
         self._sums: dict[str, list[float]] = {}
         self._last: dict[str, float] = {}
 
-    def log(self, values: dict[str, Any], *, in_body: bool, step: int) -> None:
+    def log(self, values: dict[str, Any], *, in_body: bool, step: int, epoch: int = 0) -> None:
         """Take values of this step in; `in_body` ones are averaged over the epoch."""
+        now = time.time()
         for name, value in values.items():
             _check(name, value)
         if self._stale:
@@ -40,7 +65,7 @@ class Metrics:
                 value = value.detach().clone()  # the script may go on adding to it
                 self._waits_for_device |= value.device.type != "cpu"
             self._fresh[name] = value
-            self._pending.append((name, value, in_body, step))
+            self._pending.append(_Logged(name, value, in_body, step, epoch, now))
         if len(self._pending) > _MAX_PENDING:
             self._fold()
 
@@ -85,16 +110,27 @@ class Metrics:
         self.health.forget()
 
     def _fold(self) -> None:
-        for name, value, in_body, step in self._pending:
-            number = float(value)
-            self.health.heard(name, number, step)
-            if in_body:
-                entry = self._sums.setdefault(name, [0.0, 0])
+        groups: list[tuple[_Logged, dict[str, float]]] = []
+        for logged in self._pending:
+            number = float(logged.value)
+            self.health.heard(logged.name, number, logged.step)
+            if logged.in_body:
+                entry = self._sums.setdefault(logged.name, [0.0, 0])
                 entry[0] += number
                 entry[1] += 1
             else:
-                self._last[name] = number
+                self._last[logged.name] = number
+            if not groups or groups[-1][0].place != logged.place:
+                groups.append((logged, {}))
+            groups[-1][1][logged.name] = number
         self._pending, self._waits_for_device = [], False
+        if groups and self._emit is not None:
+            self._emit(
+                [
+                    Point(self._attempt, first.step, first.epoch, first.time, values)
+                    for first, values in groups
+                ]
+            )
 
 
 def _check(name: str, value: Any) -> None:

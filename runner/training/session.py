@@ -27,6 +27,7 @@ from runner.checkpoint.manifest import Moment, moment_from_json
 from runner.errors import RestoreError, SpoolError, SpoolFull
 from runner.exitcodes import PREEMPTED
 from runner.plan import Plan
+from runner.points import Point, PointWriter
 from runner.spool import Marker, RankSpool, Weights, open_slot, read_json
 from runner.training.lifeline import Lifeline
 from runner.training.overlap import Overlap, engine_for_this_machine
@@ -80,6 +81,7 @@ class Session:
         self.board = Board(self.rank.folder / "board")
         self.board.pid = os.getpid()
         self._lifeline: Lifeline | None = None
+        self._points = PointWriter(self.rank.folder, self.plan.attempt) if supervised else None
         disk = Path(self.plan.disk) if self.plan.disk else spool / "disk"
         self.slots = SlotMemory(self.rank, self.plan.slots, disk)
         self._overlap = Overlap(engine_for_this_machine(), optimizers, enabled=self.plan.overlap)
@@ -125,6 +127,11 @@ class Session:
             self.board.heartbeat_ns = time.monotonic_ns()
             time.sleep(_POLL_SECONDS)
         self.board.held = 0
+
+    def emit(self, points: Sequence[Point]) -> None:
+        """Hand logged values to the supervisor; nobody wants them without one."""
+        if self._points is not None:
+            self._points.write(b"".join(point.to_line() for point in points))
 
     # ------------------------------------------------------------------ states
 
