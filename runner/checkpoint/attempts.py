@@ -12,9 +12,10 @@ another supervisor's, this one is stale and stops writing.
 from __future__ import annotations
 
 import json
+import math
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -38,6 +39,12 @@ class AttemptRecord:
     committed. `went_back_from` names the checkpoints that were passed over on purpose, because the
     run had failed again and again behind them: nothing begins from them any more. Times are ISO
     8601 in UTC, durations seconds.
+
+    `spent` has what the time from `started_at` to `seen_at` went into, by kind: `productive`, and
+    the kinds of `runner.supervisor.goodput`. `resumed_productive_seconds` is what the state that it
+    began from had taken to train, `saved_productive_seconds` that of its last commit. `metrics`
+    are the run's counters and histograms up to then: the last that will be heard of them, and what
+    the next supervisor goes on from.
     """
 
     attempt: int
@@ -56,6 +63,11 @@ class AttemptRecord:
     cause: str | None = None
     exit_code: int | None = None
     notice_to_durable_seconds: float | None = None
+    seen_at: str | None = None
+    spent: Mapping[str, float] = field(default_factory=dict)
+    resumed_productive_seconds: float = 0.0
+    saved_productive_seconds: float | None = None
+    metrics: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> bytes:
         return json.dumps(asdict(self), indent=1).encode() + b"\n"
@@ -65,9 +77,12 @@ class AttemptRecord:
         """Read a record; fields of later versions are passed over. StoreError if unreadable."""
         try:
             document = json.loads(data)
-            known = {field.name for field in fields(cls)}
+            known = {each.name for each in fields(cls)}
             facts = {key: value for key, value in document.items() if key in known}
             facts["went_back_from"] = tuple(map(str, facts.get("went_back_from", ())))
+            spent = {str(kind): float(value) for kind, value in facts.get("spent", {}).items()}
+            facts["spent"] = {kind: value for kind, value in spent.items() if 0 <= value < math.inf}
+            facts["metrics"] = dict(facts.get("metrics", {}))
             return cls(**facts)
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise StoreError(f"an attempt's record is unreadable: {error}") from error
