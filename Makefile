@@ -21,8 +21,10 @@ run: $(READY)
 	$(BIN)/runner simulate jobs/rul.yaml -p profile=quick \
 	    --preempt step=150 --preempt step=1000 --grace 30s
 
+# Two at a time, and each file's tests in their order: many wait for processes, few keep a core busy.
+WORKERS ?= 2
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 check: $(READY)
 	$(BIN)/ruff format --check .

@@ -43,7 +43,7 @@ from runner.checkpoint.retention import Keep
 from runner.plan import Plan
 from runner.spool import RankSpool, Spool, is_locked, new_owner
 from runner.store import DirectoryStore
-from runner.training import session
+from runner.training import params, session
 from runner.training.lifeline import Lifeline
 from runner.training.slots import SlotMemory
 
@@ -217,10 +217,10 @@ def _call(script: Script, life: Life) -> None:
 
 
 @contextlib.contextmanager
-def _new_process(spool: Path, params: dict[str, Any], attempt: int) -> Iterator[None]:
+def _new_process(spool: Path, given: dict[str, Any], attempt: int) -> Iterator[None]:
     """The surroundings of a new process; what `attach` changes in this one is put back after it."""
     handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
-    environment = {"RUNNER_SPOOL": str(spool), "RUNNER_PARAMS": json.dumps(params)}
+    environment = {"RUNNER_SPOOL": str(spool), "RUNNER_PARAMS": json.dumps(given)}
     expect = SlotMemory.expect
 
     def expect_and_wait(slots: SlotMemory, nbytes: int) -> None:
@@ -242,6 +242,7 @@ def _new_process(spool: Path, params: dict[str, Any], attempt: int) -> Iterator[
             mock.patch.dict(os.environ, environment),
             mock.patch.object(SlotMemory, "expect", expect_and_wait),
             mock.patch.object(session, "Lifeline", lifeline),
+            mock.patch.object(params, "_defaults", {}),
         ):
             yield
     finally:

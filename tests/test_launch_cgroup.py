@@ -171,7 +171,8 @@ def test_the_group_finds_whom_the_process_table_does_not_tell(groups: Path, tmp_
 
         trainer.kill_tree()
 
-    assert stranger.wait(10) == -signal.SIGKILL
+    stranger.wait(10)  # it ends by SIGKILL alone; 0 if `kill_tree` has waited for it already
+    assert stranger.returncode in (-signal.SIGKILL, 0)
 
 
 def test_groups_that_a_dead_supervisor_has_left_are_removed(groups: Path) -> None:
