@@ -22,6 +22,7 @@ from runner.checkpoint.keeper import Keeper, Origin, Resumption, Saved
 from runner.checkpoint.outputs import Outputs
 from runner.checkpoint.persist import Persister
 from runner.errors import Fenced, NoValidCheckpoint, RunnerError, StoreError, UsageError
+from runner.saves import SaveRecord
 from runner.spool import RankSpool
 from runner.supervisor import events
 from runner.supervisor.forecast import EmergencySave, Forecaster
@@ -237,6 +238,7 @@ class Clerk(threading.Thread):
             saved.manifest.nbytes / 1e6,
             saved.persist_seconds,
         )
+        self._post(events.Persisted(saved.durable_at, record_of(saved)))
         if moment.scope != "full":
             return  # nothing can be resumed from it, and it says nothing of an emergency save
         step_seconds = 0.0 if self.board is None else self.board.step_us / 1e6
@@ -289,6 +291,22 @@ class Clerk(threading.Thread):
             self._ledger.update(**changes)
         except StoreError as error:
             log.warning("the attempt's record could not be written: %s", error)
+
+
+def record_of(saved: Saved) -> SaveRecord:
+    """The line that is kept of a save. It has just become durable."""
+    moment = saved.manifest.moment
+    return SaveRecord(
+        checkpoint=saved.manifest.name,
+        attempt=moment.attempt,
+        step=moment.step,
+        time=time.time() - (time.monotonic() - saved.durable_at),
+        triggers=moment.triggers,
+        scope=moment.scope,
+        nbytes=saved.manifest.nbytes,
+        snapshot_seconds=moment.snapshot_seconds,
+        persist_seconds=saved.persist_seconds,
+    )
 
 
 def _be_nice() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from runner.board import Request, Why
+from runner.saves import SaveRecord
 
 # ---------------------------------------------------------------------------- events
 
@@ -119,6 +120,13 @@ class Saved(Event):
     step: int
     healthy: bool = True
     emergency_seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Persisted(Event):
+    """The same of any checkpoint, for those who count: what it was, and how long it took."""
+
+    record: SaveRecord
 
 
 @dataclass(frozen=True)

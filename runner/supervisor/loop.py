@@ -55,6 +55,7 @@ from runner.supervisor.monitor import Monitor, Sight
 from runner.supervisor.pointlog import PointLog, stored_points
 from runner.supervisor.reaper import become_subreaper, reap_orphans
 from runner.supervisor.runlog import RunLog
+from runner.supervisor.savelog import SaveLog, stored_saves
 from runner.supervisor.upkeep import policy_of
 from runner.supervisor.vitals import Vitals
 
@@ -120,6 +121,9 @@ class Supervisor:
             index.metrics_of(assignment.run_id, store.url),
             stored_points(store, assignment.run_id),
         )
+        self._saves = SaveLog(
+            index.metrics_of(assignment.run_id, store.url), stored_saves(store, assignment.run_id)
+        )
         self._logs = RunLog(
             index.logs_of(assignment.run_id, store.url),
             LogLimits(job.logs.max_size_bytes, job.logs.files),
@@ -127,7 +131,7 @@ class Supervisor:
             ledger.check_fence,
             lambda: self._state.deadline is None,
             passes_through=DETACHED_VARIABLE not in os.environ,
-            also=[self._points.shipment],
+            also=[self._points.shipment, self._saves.shipment],
         )
         self._trainer: TrainerProcess | None = None
         self._groups = own_group()
@@ -173,6 +177,7 @@ class Supervisor:
             observer.stop()
             tidying.join(_TIDYING_SECONDS)
             self._points.finish()
+            self._note_last_saves()
             seconds = min(_SHIPPING_SECONDS, self._seconds_left() / 2)
             self._logs.finish(seconds, ship=saved and not fenced)
             self._leave_clouds(saved)
@@ -308,12 +313,15 @@ class Supervisor:
         before = self._state
         if isinstance(event, events.Claimed):
             self._points.begin(event.attempt)
+            self._saves.begin(event.attempt)
             self._logs.begin(event.attempt)
         if isinstance(event, events.Interrupt) and self._clerk.board is not None:
             # What a second one costs is said at once, so it must be known where the trainer is.
             board = self._clerk.board
             before, _ = machine.step(before, events.Progressed(event.at, board.phase, board.step))
         self._state, actions = machine.step(before, event)
+        if isinstance(event, events.Persisted):
+            self._saves.note(event.record)
         if isinstance(event, events.Saved):
             self._last_saved_at = max(event.at, self._last_saved_at or event.at)
         if self._state.phase is not before.phase:
@@ -458,6 +466,14 @@ class Supervisor:
         path = self._spool.path
         for name in remove_abandoned(path.parent, path):
             log.info("removed %s, which a run that is over had left", path.parent / name)
+
+    def _note_last_saves(self) -> None:
+        """What became durable while the loop was over already."""
+        while not self._events.empty():
+            event = self._events.get()
+            if isinstance(event, events.Persisted):
+                self._saves.note(event.record)
+        self._saves.finish()
 
     def _publish(self) -> None:
         """Let `runner status` see what this supervisor is doing. Does nothing where it cannot."""
