@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from runner import exitcodes
 from runner.board import Request, Why
+from runner.saves import SaveRecord
+from runner.supervisor.events import Persisted
 from runner.supervisor.machine import (
     TERMINAL,
     Action,
@@ -1531,6 +1533,7 @@ EVENTS_OF_EACH_KIND: list[Event] = [
     Exited(999.0, 0),
     Progressed(999.0, "training"),
     Saved(999.0, 99),
+    Persisted(999.0, SaveRecord("step-000000099-a0001-s001", 1, 99, 999.0)),
     Drained(999.0),
     SaveFailed(999.0, "x"),
     sigterm(999.0),

@@ -13,10 +13,11 @@ from runner.store import open_store
 from runner.supervisor.savelog import SaveLog, local_saves, stored_saves
 
 
-def record(step: int = 40, **values: object) -> SaveRecord:
+def record(step: int = 40) -> SaveRecord:
     name = f"step-{step:09d}-a0003-s001"
-    return SaveRecord(name, 3, step, 1_790_000_000.5, ("best", "interval"), "full", 8_000, 0.01, 0.5,
-                      **values)  # type: ignore[arg-type]  # fmt: skip
+    return SaveRecord(
+        name, 3, step, 1_790_000_000.5, ("best", "interval"), "full", 8_000, 0.01, 0.5
+    )
 
 
 def test_a_line_gives_the_record_back() -> None:
