@@ -21,13 +21,13 @@ MB = 10**6
         (0, 0, 0),
         (950, 0, 0),
         (951, 0, 1),
-        (975, 0, 1),
-        (976, 0, 2),
+        (987, 0, 1),
+        (988, 0, 2),
         (1100, 0, 2),  # what is used and the limit are not read in the same instant
         # Beside slots of 600, 95 % of the other 400 are the bound.
         (979, 600, 0),
         (981, 600, 1),
-        (991, 600, 2),
+        (996, 600, 2),
         # Of slots alone there may be as many as there is memory.
         (960, 960, 0),
         (990, 980, 0),
@@ -38,7 +38,18 @@ def test_the_bound_is_a_share_of_what_is_left_beside_the_slots(
 ) -> None:
     memory = Memory(limit=1000 * MB, used=used * MB, shared=slots * MB)
 
-    assert level_of(memory, slots * MB, 0.95) == level
+    assert level_of(memory, slots * MB, 0.95, growth=0) == level
+
+
+@pytest.mark.parametrize(
+    ("used", "growth", "level"), [(951, 48, 1), (951, 50, 2), (949, 500, 0), (970, 31, 2)]
+)
+def test_it_is_urgent_when_the_same_growth_once_more_would_be_too_much(
+    used: int, growth: int, level: int
+) -> None:
+    memory = Memory(limit=1000 * MB, used=used * MB, shared=0)
+
+    assert level_of(memory, 0, 0.95, growth * MB) == level
 
 
 class Readings:
@@ -65,12 +76,25 @@ def test_it_speaks_once_at_the_bound_and_once_more_if_that_does_not_help(tmp_pat
 
     readings.used = 960
     assert looks(guard, 3, 4) == [MemoryShort(3.0, 960 * MB, 1000 * MB)]
-    readings.used = 980
-    assert looks(guard, 5, 6) == [MemoryShort(5.0, 980 * MB, 1000 * MB, urgent=True)]
+    readings.used = 990
+    assert looks(guard, 5, 6) == [MemoryShort(5.0, 990 * MB, 1000 * MB, urgent=True)]
     assert readings.asked == 5, "after that there is nothing more to say"
 
     guard.begin()
-    assert looks(guard, 7, 8) == [MemoryShort(7.0, 980 * MB, 1000 * MB, urgent=True)]
+    assert looks(guard, 7, 8) == [MemoryShort(7.0, 990 * MB, 1000 * MB, urgent=True)]
+
+
+def test_growth_is_what_was_never_used_before(tmp_path: Path) -> None:
+    """A step that takes a third of the memory, and gives it back, is none."""
+    readings = Readings()
+    guard = MemoryGuard(tmp_path, 0.95, readings)
+    for second, readings.used in enumerate([600, 940, 600, 940, 600], 1):
+        assert looks(guard, second) == []
+
+    readings.used = 955
+    assert looks(guard, 6) == [MemoryShort(6.0, 955 * MB, 1000 * MB)]
+    readings.used = 978
+    assert looks(guard, 7) == [MemoryShort(7.0, 978 * MB, 1000 * MB, urgent=True)]
 
 
 def test_it_does_not_look_at_every_tick(tmp_path: Path) -> None:
@@ -81,6 +105,16 @@ def test_it_does_not_look_at_every_tick(tmp_path: Path) -> None:
         guard.look(1 + tick / 100)
 
     assert 5 <= readings.asked <= 15
+
+
+def test_it_looks_more_closely_once_the_bound_is_passed(tmp_path: Path) -> None:
+    readings = Readings(used=960)
+    guard = MemoryGuard(tmp_path, 0.95, readings)
+
+    for tick in range(100):
+        guard.look(1 + tick / 100)
+
+    assert 40 <= readings.asked <= 60
 
 
 @pytest.mark.parametrize("share", [0.0, 0.95])

@@ -3,7 +3,7 @@
 In a container that has used up its memory, kubelet has the kernel kill all processes together
 (`memory.oom.group`): the trainer, this supervisor, and with the last of them the slots. So what is
 used is watched, and short of the limit the trainer is asked to save and to leave. If it goes on
-growing it is killed, and its newest slot is what is saved.
+growing until the next look might come too late, it is killed, and its newest slot is what is saved.
 
 Page cache does not count, since the kernel drops it first. The slots do not count on either side,
 used or limit: they do not grow, and ending the trainer does not make them smaller.
@@ -20,6 +20,8 @@ from runner.memory import Memory, OomWatch, limited_memory
 from runner.supervisor.events import MemoryShort
 
 _LOOK_SECONDS = 0.1
+_CLOSE_LOOK_SECONDS = 0.02  # once the bound is passed
+_PATIENCE = 0.75  # of what is left above the bound, to a trainer that was asked to leave
 _SHELLS_ADD = 128  # to a signal's number, in the exit code of a shell
 _KILLED = (-signal.SIGKILL, _SHELLS_ADD + signal.SIGKILL)
 
@@ -41,14 +43,16 @@ class MemoryGuard:
         self._oom = watch()
         self._told = 0
         self._look_at = 0.0
+        self._most: int | None = None
 
     def begin(self) -> None:
         """A new attempt: what happened before is no longer of interest."""
         self._oom = self._watch()
         self._told = 0
+        self._most = None
 
     def look(self, now: float) -> MemoryShort | None:
-        """What is to be told: once at the bound, and once more, urgently, half of the way on."""
+        """What is to be told: once at the bound, and once more, urgently, close to the limit."""
         if not self._share or self._told == 2 or now < self._look_at:
             return None
         self._look_at = now + _LOOK_SECONDS
@@ -56,7 +60,11 @@ class MemoryGuard:
         if memory is None:
             return None
         slots = min(slot_bytes(self._rank), memory.shared)
-        level = level_of(memory, slots, self._share)
+        most = memory.used if self._most is None else self._most
+        self._most = max(most, memory.used)
+        level = level_of(memory, slots, self._share, self._most - most)
+        if level:
+            self._look_at = now + _CLOSE_LOOK_SECONDS
         if level <= self._told:
             return None
         self._told = level
@@ -72,12 +80,17 @@ class MemoryGuard:
         return "out of memory", explain(self._read())
 
 
-def level_of(memory: Memory, slots: int, share: float) -> int:
-    """0: there is room. 1: the bound is passed. 2: half of what was left then is used too. Pure."""
+def level_of(memory: Memory, slots: int, share: float, growth: int) -> int:
+    """0: there is room. 1: the bound is passed. 2: it may be too late at the next look. Pure.
+
+    `growth` is by how many bytes more is used than ever before the last look: what a step takes
+    and gives back again is none.
+    """
     room, own = memory.limit - slots, memory.used - slots
-    if own <= share * room:
+    bound = share * room
+    if own <= bound:
         return 0
-    return 1 if own <= (1 + share) / 2 * room else 2
+    return 2 if own > min(bound + _PATIENCE * (room - bound), room - growth) else 1
 
 
 def slot_bytes(rank: Path) -> int:

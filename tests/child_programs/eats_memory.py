@@ -1,7 +1,7 @@
 """Trains steps that do little, and takes memory.
 
 Params: `steps`; `eats`: by attempt, from which step on and how many bytes in each, `at_once` so
-often; `cache`: bytes of a file that is read in each step; `state_floats`: the size of the state;
+often, and `at_first` so many more; `cache`: bytes of a file that is read in each step; `state_floats`: the size of the state;
 `step_seconds`.
 """
 
@@ -16,7 +16,7 @@ import torch
 
 import runner
 
-PARAMS = runner.params(steps=20, eats={}, at_once=1, cache=0, step_seconds=0.02)
+PARAMS = runner.params(steps=20, eats={}, at_once=1, at_first=0, cache=0, step_seconds=0.02)
 
 
 class Counter:
@@ -48,13 +48,13 @@ def fill_page_cache(folder: Path, nbytes: int) -> None:
 counter = Counter()
 run = runner.attach(counter=counter)
 first, nbytes = PARAMS["eats"].get(str(run.attempt), [1 << 60, 0])
-hoard = []
+hoard = [bytearray(b"x") * PARAMS["at_first"]] if nbytes else []
 print(f"ready at {run.step} in attempt {run.attempt} process {os.getpid()}", flush=True)
 for step in run.steps(PARAMS["steps"]):
     if PARAMS["cache"]:
         fill_page_cache(run.output_dir, PARAMS["cache"])
     for _ in range(PARAMS["at_once"] if step >= first else 0):
-        hoard.append(bytearray(b"x" * nbytes))
+        hoard.append(bytearray(b"x") * nbytes)
         time.sleep(PARAMS["step_seconds"])
     counter.value += 1
     time.sleep(PARAMS["step_seconds"])

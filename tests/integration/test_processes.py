@@ -402,7 +402,7 @@ def test_a_kill_for_want_of_memory_is_named_with_peak_and_limit(node: Node) -> N
 
 def test_the_memory_guard_saves_and_ends_the_trainer_first(node: Node) -> None:
     """Each step takes a little more, as a leak does: no step is lost, and nobody is killed."""
-    job = eater(node, "on", eats={"1": [5, 15 * MB]}, steps=80)
+    job = eater(node, "on", eats={"1": [5, 4 * MB]}, at_first=450 * MB, steps=120)
     with limited_group(LIMIT) as group:
         supervisor = run_in(group, node, job)
         assert supervisor.wait() == 0, supervisor.err
@@ -418,7 +418,7 @@ def test_the_memory_guard_saves_and_ends_the_trainer_first(node: Node) -> None:
 
 
 def test_the_memory_guard_kills_a_trainer_that_comes_to_no_boundary(node: Node) -> None:
-    job = eater(node, "60%", eats={"1": [5, 20 * MB]}, at_once=40, steps=20)
+    job = eater(node, "60%", eats={"1": [5, 10 * MB]}, at_once=80, steps=20)
     with limited_group(LIMIT) as group:
         supervisor = run_in(group, node, job)
         assert supervisor.wait() == 0, supervisor.err
