@@ -1,8 +1,8 @@
 """Trains steps that do little, and takes memory.
 
 Params: `steps`; `eats`: by attempt, from which step on and how many bytes in each, `at_once` so
-often, and `at_first` so many more; `cache`: bytes of a file that is read in each step; `state_floats`: the size of the state;
-`step_seconds`.
+often, and `at_first` so many more; `cache`: bytes of a file that is read in each step;
+`state_floats`: the size of the state; `step_seconds`.
 """
 
 from __future__ import annotations
