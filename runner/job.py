@@ -19,6 +19,7 @@ from typing import Any, get_args
 from pydantic import ValidationError
 
 from runner.errors import UsageError
+from runner.job_container import Mount
 from runner.job_launch import check_launchable, resolved_command, shadowing_file, workdir_problem
 from runner.job_model import (
     Backoff,
@@ -34,6 +35,7 @@ from runner.job_model import (
     Preemption,
     Restart,
 )
+from runner.job_resources import Resources
 from runner.job_store import S3, WHERE_CREDENTIALS_BELONG, is_credential, is_s3, s3_url
 from runner.job_types import Part
 from runner.job_yaml import JobFile, KeyPath, dotted, parse_param, read_job_file
@@ -50,8 +52,10 @@ __all__ = [
     "Health",
     "Job",
     "Keep",
+    "Mount",
     "Outputs",
     "Preemption",
+    "Resources",
     "Restart",
     "check_launchable",
     "check_run_id",
@@ -171,6 +175,8 @@ def _problem(details: Any, file: JobFile) -> str:
     path, kind, value = details["loc"], details["type"], details["input"]
     if kind == "missing":
         return "is missing"
+    if kind == "needed":
+        return str(details["msg"])
     if kind == "extra_forbidden":
         hint = WHERE_CREDENTIALS_BELONG if is_credential(path) else _hint(path)
         return f"is not a key of a job{hint}"
@@ -196,6 +202,8 @@ def _keys(path: KeyPath) -> list[str]:
     """The valid keys of the mapping at `path`; none where any key is valid."""
     model: Any = Job
     for part in path:
+        if isinstance(part, int):
+            continue  # an item of a list has the keys of its kind
         field = next(
             (f for name, f in model.model_fields.items() if part == (f.alias or name)), None
         )

@@ -20,15 +20,15 @@ from pydantic import (
     model_validator,
 )
 
+from runner.job_container import Image, Mount, Network, User, each_target_once, needed
 from runner.job_metrics import Cost, Metrics
+from runner.job_resources import Resources
 from runner.job_store import S3, STORE_PATTERN, is_s3, store_location
 from runner.job_types import (
-    DEFAULT_GUARD,
     LARGEST_COUNT,
     NAME_PATTERN,
     Count,
     Duration,
-    Guard,
     Part,
     Size,
     Text,
@@ -50,12 +50,6 @@ def _command(words: tuple[str, ...]) -> tuple[str, ...]:
     if not words or not words[0]:
         raise ValueError("expected at least the program to start, such as [python, train.py]")
     return words
-
-
-def _launcher(value: object) -> object:
-    if value != "process":
-        raise ValueError("expected process, the only launcher in this version")
-    return value
 
 
 def _env(env: dict[str, str]) -> dict[str, str]:
@@ -300,17 +294,6 @@ class Logs(Part):
     )
 
 
-class Resources(Part):
-    """What the trainer may use."""
-
-    memory_guard: Guard = Field(
-        default=DEFAULT_GUARD,
-        description="At this share of the cgroup's memory limit the trainer is saved and started"
-        " again, before the kernel kills it and the supervisor.",
-        json_schema_extra={"default": f"{DEFAULT_GUARD:.0%}"},
-    )
-
-
 class Job(Part):
     """A job of `runner`: what to run, where its checkpoints live, how it may fail."""
 
@@ -357,8 +340,36 @@ class Job(Part):
             examples=[{"OMP_NUM_THREADS": "2"}],
         )
     )
-    launcher: Annotated[Literal["process"], BeforeValidator(_launcher)] = Field(
-        default="process", description="How the trainer is started."
+    launcher: Literal["process", "docker"] = Field(
+        default="process", description="What the trainer runs in."
+    )
+    image: Image | None = Field(
+        default=None,
+        validate_default=True,
+        description="The container's image; docker and kubernetes need one.",
+        examples=["registry.example/rul:1.0"],
+    )
+    network: Network = Field(
+        default="none",
+        description="With docker, the container's network: none, bridge, host, or one by name.",
+    )
+    user: User | None = Field(
+        default=None,
+        description="With docker, who the trainer is in the container, by numbers; default: who"
+        " `runner` is, or, if that is root, the image's user, and 65532 if that is root too.",
+        examples=["1000:1000"],
+    )
+    mounts: Annotated[tuple[Mount, ...], Field(strict=False), AfterValidator(each_target_once)] = (
+        Field(
+            default=(),
+            description="With docker, what else the trainer sees of this machine.",
+            examples=[["/data"], [{"source": "/mnt/data", "target": "/data"}]],
+        )
+    )
+    credentials: Literal["withhold", "pass"] = Field(
+        default="withhold",
+        description="Whether the trainer is given the cloud credentials that `runner` has in its"
+        " environment.",
     )
     store: Annotated[str, AfterValidator(store_location)] = Field(
         default="runs",
@@ -377,6 +388,14 @@ class Job(Part):
     logs: Logs = Logs()
     metrics: Metrics = Metrics()
     cost: Cost | None = None
+
+    @field_validator("image")
+    @classmethod
+    def _is_there_where_needed(cls, value: str | None, info: ValidationInfo) -> str | None:
+        launcher = info.data.get("launcher", "process")
+        if value is None and launcher != "process":
+            raise needed(f"launcher: {launcher}")
+        return value
 
     @field_validator("s3")
     @classmethod

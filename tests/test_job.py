@@ -143,6 +143,53 @@ def test_every_key_is_read(load: Load, tmp_path: Path) -> None:
     assert job.cost.per_hour == 1.2
 
 
+IN_A_CONTAINER = """
+name: a
+command: [python, train.py]
+launcher: docker
+image: registry.example:5000/team/rul:1.0@sha256:{digest}
+network: bridge
+user: 1000
+mounts: [/data, {{source: files, target: /files, writable: true}}]
+resources: {{gpus: [0, GPU-8a56], cpus: 0.5, memory: 32Gi, shm: 8Gi}}
+credentials: pass
+"""
+
+
+def test_every_key_of_a_trainer_in_a_container_is_read(load: Load) -> None:
+    job = load(IN_A_CONTAINER.format(digest="ab" * 32))
+
+    assert job.image == f"registry.example:5000/team/rul:1.0@sha256:{'ab' * 32}"
+    assert (job.network, job.user, job.credentials) == ("bridge", "1000:1000", "pass")
+    assert [(m.source, m.target, m.writable) for m in job.mounts] == [
+        ("/data", None, False),
+        ("files", "/files", True),
+    ]
+    assert job.resources.gpus == ("0", "GPU-8a56")
+    assert (job.resources.cpus, job.resources.memory, job.resources.shm) == (0.5, 2**35, 2**33)
+    assert Job.model_validate(job_as_submitted(job)) == job
+
+
+def test_a_trainer_in_a_container_gets_little_unless_it_is_said(load: Load) -> None:
+    job = load(f"{MINIMAL}launcher: docker\nimage: rul\n")
+
+    assert (job.network, job.user, job.mounts, job.credentials) == ("none", None, (), "withhold")
+    assert (job.resources.gpus, job.resources.cpus, job.resources.memory) == (0, None, None)
+
+
+def test_a_container_needs_an_image(load: Load) -> None:
+    (problem,) = problems_of(load, f"{MINIMAL}launcher: docker\n")
+
+    assert problem.endswith("image: is missing: launcher: docker needs it")
+
+
+@pytest.mark.parametrize(
+    "image", ["rul", "rul:1.0", "team/rul", "localhost:5000/a/b:x", "sha256:" + "0" * 64]
+)
+def test_an_image_is_named_as_engines_name_them(load: Load, image: str) -> None:
+    assert load(f"{MINIMAL}image: {image}\n").image == image
+
+
 ON_S3 = """
 name: a
 command: [x]
@@ -332,8 +379,32 @@ REFUSED = {
     "comand: x": "comand: is not a key of a job; did you mean command?",
     "Store: x": "Store: is not a key of a job; did you mean store?",
     "grace: 5s": "grace: is not a key of a job; did you mean preemption.grace?",
-    "image: x": "image: is not a key of a job; valid here: name, command, workdir",
-    "resources: {gpus: 1}": "resources.gpus: is not a key of a job",
+    "colour: x": "colour: is not a key of a job; valid here: name, command, workdir",
+    "image: X": "image: expected an image, such as registry.example/team/rul:1.0, got 'X'",
+    "image: 'rul:'": "image: expected an image",
+    "image: rul@sha256:12": "image: expected an image",
+    "network: 'a b'": "network: expected none, bridge, host, or the name of a network, got 'a b'",
+    "user: root": 'user: expected the numbers of a user and a group, such as "1000:1000"',
+    "user: -1": "user: expected the numbers of a user and a group",
+    "user: '4294967295'": "user: expected the numbers of a user and a group",
+    "user: true": "user: expected the numbers of a user and a group",
+    "mounts: /data": "mounts: expected a list, such as [a, b], got '/data'",
+    "mounts: [5]": "mounts[0]: expected a mapping with keys among source, target, writable",
+    "mounts: ['/a:/b']": "mounts[0].source: expected a path without ':'; where it goes is said by",
+    "mounts: [{source: a, target: b}]": "mounts[0].target: expected an absolute path in the cont",
+    "mounts: [{source: a, target: /}]": "mounts[0].target: expected an absolute path in the cont",
+    "mounts: [{source: a, write: true}]": "mounts[0].write: is not a key of a job; did you mean mo",
+    "mounts: [/a, {source: b, target: /a}]": "mounts: expected each target once",
+    "credentials: keep": "credentials: expected 'withhold' or 'pass', got 'keep'",
+    "resources: {gpus: -1}": "resources.gpus: expected how many, such as 2, or which ones, such as",
+    "resources: {gpus: all}": "resources.gpus: expected how many, such as 2, or which ones, such a",
+    "resources: {gpus: []}": "resources.gpus: expected how many, such as 2, or which ones",
+    "resources: {gpus: [0, 0]}": "resources.gpus: expected each GPU once",
+    "resources: {gpus: [true]}": "resources.gpus: expected how many, such as 2, or which ones",
+    "resources: {cpus: 0}": "resources.cpus: expected more than 0, got 0",
+    "resources: {memory: 8}": "resources.memory: expected a size such as 8Gi",
+    "resources: {memory: 1Mi}": "resources.memory: expected 6Mi or more, got '1Mi'",
+    "resources: {shm: much}": "resources.shm: expected a size such as 8Gi",
     "resources: {memory_guard: 49%}": "resources.memory_guard: expected a share from 50% to 99%",
     "resources: {memory_guard: 100%}": "resources.memory_guard: expected a share from 50% to 99%",
     "resources: {memory_guard: 0.95}": "resources.memory_guard: expected a share from 50% to 99%",
@@ -383,8 +454,7 @@ REFUSED = {
     "health: {restore: maybe}": "health.restore: expected 'warn' or 'healthy', got 'maybe'",
     "health: {metrics: loss}": "health.metrics: expected a list, such as [a, b], got 'loss'",
     "health: {metrics: [1]}": "health.metrics[0]: expected text, got 1; put it in quotes",
-    "launcher: docker": "launcher: expected process, the only launcher in this version, got 'docke",
-    "launcher: kubernetes": "launcher: expected process, the only launcher in this version",
+    "launcher: slurm": "launcher: expected 'process' or 'docker', got 'slurm'",
     "store: file:///x": "store: expected a directory or s3://bucket/prefix, not a place on file://",
     "store: gs://bucket/x": "store: expected a directory or s3://bucket/prefix, not a place on gs:",
     "store: s3:/bucket/x": "store: expected a directory or s3://bucket/prefix, not a place on s3:/",
@@ -734,7 +804,7 @@ def test_values_given_as_params_are_not_changed_by_loading(load: Load) -> None:
         ({"store": "s3://x"}, "--store: store: 'x' cannot be a bucket"),
         ({"store": ""}, "--store: store: expected text, not nothing"),
         ({"store": "\udcff"}, "--store: store: is not Unicode text"),
-        ({"launcher": "docker"}, "--launcher: launcher: expected process"),
+        ({"launcher": "slurm"}, "--launcher: launcher: expected 'process' or 'docker'"),
         ({"params": {"x.y": 1}}, "-p x.y: params.x.y: params.x is not a mapping"),
         ({"params": {"\udcff": 1}}, "params: "),
         ({"params": {"z": float("nan")}}, "params: z is not a finite number"),

@@ -11,8 +11,9 @@ import pytest
 from waiting import wait_until
 
 from runner.board import Board, blank_board
+from runner.launch.cpu import session_seconds
 from runner.supervisor.events import Event, Overslept, Progressed, Unhealthy, Worked
-from runner.supervisor.vitals import Vitals, cpu_seconds
+from runner.supervisor.vitals import Vitals
 
 
 @pytest.fixture
@@ -22,12 +23,8 @@ def board(tmp_path: Path) -> Board:
     return Board(path)
 
 
-def no_session() -> int:
-    return 1 << 30
-
-
 def look(vitals: Vitals, now: float, board: Board | None) -> list[Event]:
-    return vitals.look(now, board, no_session())
+    return vitals.look(now, board, lambda: 0.0)
 
 
 def test_progress_is_told_once_with_what_it_is_doing(board: Board) -> None:
@@ -104,11 +101,11 @@ def test_use_of_the_cpu_counts_until_the_loop_begins(
     ) as child:
         assert child.stdout is not None
         assert child.stdout.readline() == b"ready\n"
-        vitals.look(0.0, board, child.pid)
+        vitals.look(0.0, board, lambda: session_seconds(child.pid))
         if works:
-            before = cpu_seconds(child.pid)
-            wait_until(lambda: cpu_seconds(child.pid) >= before + 0.6, 60, "its use of the CPU")
-        seen = vitals.look(5.0, board, child.pid)
+            before = session_seconds(child.pid)
+            wait_until(lambda: session_seconds(child.pid) >= before + 0.6, 60, "its use of the CPU")
+        seen = vitals.look(5.0, board, lambda: session_seconds(child.pid))
         child.kill()
 
     assert [event for event in seen if isinstance(event, Worked)] == (
@@ -117,5 +114,5 @@ def test_use_of_the_cpu_counts_until_the_loop_begins(
 
 
 def test_only_a_sessions_own_processes_are_counted() -> None:
-    assert cpu_seconds(no_session()) == 0.0
-    assert cpu_seconds(os.getsid(0)) > 0.0
+    assert session_seconds(1 << 30) == 0.0
+    assert session_seconds(os.getsid(0)) > 0.0

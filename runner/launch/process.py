@@ -30,6 +30,7 @@ from typing import Self
 
 from runner.errors import RunnerError, UsageError
 from runner.launch.cgroup import AttemptGroup
+from runner.launch.cpu import session_seconds
 from runner.launch.process_tree import (
     MARK_VARIABLE,
     ProcessEntry,
@@ -299,6 +300,14 @@ class TrainerProcess:
                 send_to(entry, signum)
                 return True
         return False
+
+    def pid_here(self, pid: int) -> int:
+        """The same number: this trainer sees the process table that we see."""
+        return pid
+
+    def cpu_seconds(self) -> float:
+        """What the processes in its session have used of the CPU."""
+        return session_seconds(self.pid)
 
     def kill_tree(
         self,

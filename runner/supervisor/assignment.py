@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runner.checkpoint.keeper import Origin
+from runner.errors import UsageError
 from runner.job import Every, Job
-from runner.launch.process import build_environment
+from runner.launch.base import Launcher, Places
+from runner.launch.local import ProcessLauncher
 from runner.plan import BestMetric, Interval, Plan
 from runner.supervisor import machine, stacks
 
@@ -67,7 +69,7 @@ def policy_for(assignment: Assignment) -> machine.Policy:
     )
 
 
-def plan_for(assignment: Assignment, attempt: int, files: LocalFiles) -> Plan:
+def plan_for(assignment: Assignment, attempt: int, places: Places) -> Plan:
     """What the trainer of an attempt must know."""
     job = assignment.job
     checkpoint, best = job.checkpoint, job.checkpoint.keep.best
@@ -76,8 +78,8 @@ def plan_for(assignment: Assignment, attempt: int, files: LocalFiles) -> Plan:
     return Plan(
         run_id=assignment.run_id,
         attempt=attempt,
-        output_dir=str(files.outputs),
-        disk=str(files.slots),
+        output_dir=str(places.outputs),
+        disk=str(places.slots),
         every=_interval(every),
         weights_every=_interval(checkpoint.weights_every),
         every_auto=every is None,
@@ -90,20 +92,22 @@ def plan_for(assignment: Assignment, attempt: int, files: LocalFiles) -> Plan:
     )
 
 
-def environment_for(
-    assignment: Assignment, attempt: int, spool: Path, files: LocalFiles
-) -> dict[str, str]:
-    """The environment of the trainer."""
-    own = {
+def variables_for(assignment: Assignment, attempt: int, places: Places) -> dict[str, str]:
+    """What the trainer of an attempt is told by its environment."""
+    return {
         "RUNNER_RUN_ID": assignment.run_id,
         "RUNNER_ATTEMPT": str(attempt),
-        "RUNNER_SPOOL": str(spool),
+        "RUNNER_SPOOL": str(places.spool),
         "RUNNER_PARAMS": json.dumps(assignment.job.params),
-        "RUNNER_OUTPUT_DIR": str(files.outputs),
+        "RUNNER_OUTPUT_DIR": str(places.outputs),
     }
-    environment = build_environment(os.environ, own, assignment.job.env)
-    environment.setdefault("PYTHONUNBUFFERED", "1")
-    return environment
+
+
+def launcher_for(assignment: Assignment, spool: Path, files: LocalFiles) -> Launcher:
+    """The launcher that the job asks for."""
+    if assignment.job.launcher != "process":
+        raise UsageError(f"launcher: {assignment.job.launcher} cannot be started by this version")
+    return ProcessLauncher(assignment.job, Places(spool, files.outputs, files.slots))
 
 
 def _interval(every: Every | None) -> Interval:

@@ -31,21 +31,19 @@ from runner.checkpoint.persist import Persister
 from runner.checkpoint.provenance import collect
 from runner.errors import RunnerError, SpoolError, UsageError
 from runner.job import is_s3, resolved_command
-from runner.launch.cgroup import own_group, remove_empty
-from runner.launch.leftovers import end_leftovers
-from runner.launch.process import TrainerProcess
+from runner.launch.base import Launcher
 from runner.logs.files import LogLimits
 from runner.notices import Watch
 from runner.spool import Spool
 from runner.store import Store
-from runner.supervisor import events, index, listening, machine, stacks
+from runner.supervisor import events, index, listening, machine
 from runner.supervisor.abandoned import remove_abandoned
 from runner.supervisor.assignment import (
     Assignment,
     LocalFiles,
-    environment_for,
     plan_for,
     policy_for,
+    variables_for,
 )
 from runner.supervisor.clerk import Clerk
 from runner.supervisor.detached import DETACHED_VARIABLE
@@ -56,13 +54,13 @@ from runner.supervisor.pointlog import PointLog, stored_points
 from runner.supervisor.reaper import become_subreaper, reap_orphans
 from runner.supervisor.runlog import RunLog
 from runner.supervisor.savelog import SaveLog, stored_saves
+from runner.supervisor.trainer import Trainer
 from runner.supervisor.upkeep import policy_of
 from runner.supervisor.vitals import Vitals
 
 log = logging.getLogger(__name__)
 
 _TICK_SECONDS = 0.02
-_HEIR_SECONDS = 30.0  # for the child of a script that has forked and ended, to attach
 _CLERK_SECONDS = 600.0  # for what is left in the end, the run's own files above all
 _SHIPPING_SECONDS = 20.0  # for the end of the log
 _TIDYING_SECONDS = 0.5
@@ -79,7 +77,14 @@ _SIGNALS = (
 class Supervisor:
     """Runs one job to its end, or to the end of this node. `run` gives the exit code."""
 
-    def __init__(self, assignment: Assignment, store: Store, spool: Spool, ledger: Ledger) -> None:
+    def __init__(
+        self,
+        assignment: Assignment,
+        store: Store,
+        spool: Spool,
+        ledger: Ledger,
+        launcher: Launcher,
+    ) -> None:
         self._assignment, self._spool, self._ledger = assignment, spool, ledger
         job = assignment.job
         self._job = job
@@ -133,12 +138,14 @@ class Supervisor:
             passes_through=DETACHED_VARIABLE not in os.environ,
             also=[self._points.shipment, self._saves.shipment],
         )
-        self._trainer: TrainerProcess | None = None
-        self._groups = own_group()
-        self._memory = MemoryGuard(self._rank.folder, job.resources.memory_guard)
-        self._heir_until: float | None = None
-        self._vitals = Vitals(job.health.patience, policy.hang_timeout_seconds)
-        self._first_step_seen = self._exit_seen = False
+        self._launcher = launcher
+        self._trainer = Trainer(
+            launcher,
+            self._logs,
+            MemoryGuard(self._rank.folder, job.resources.memory_guard),
+            Vitals(job.health.patience, policy.hang_timeout_seconds),
+        )
+        self._first_step_seen = False
         self._last_saved_at: float | None = None
         self._closed_attempt = 0
         self._begin_at = assignment.begin_at
@@ -155,10 +162,8 @@ class Supervisor:
         self._monitor.start()
         become_subreaper()
         (self._spool.path / "stop").unlink(missing_ok=True)  # meant for a supervisor before
-        leftovers = end_leftovers(self._spool.path)
-        remove_empty(self._groups)
-        if leftovers:
-            log.warning("killed processes %s, left by a supervisor that is dead", leftovers)
+        for left in self._launcher.end_leftovers():
+            log.warning("killed %s, left by a supervisor that is dead", left)
         observer = self._watch_spool()
         threading.Thread(target=self._collect_provenance, name="provenance", daemon=True).start()
         tidying = threading.Thread(target=self._remove_abandoned, name="abandoned", daemon=True)
@@ -204,40 +209,24 @@ class Supervisor:
 
     def _look_around(self) -> events.Event:
         now = time.monotonic()
-        trainer = self._trainer
         if not self._clerk.is_alive():
             raise RunnerError("nothing can be saved any more, see above: start the run again")
-        reap_orphans([] if trainer is None else trainer.pids)
+        reap_orphans(self._trainer.pids)
         if (self._spool.path / "stop").exists():
             (self._spool.path / "stop").unlink(missing_ok=True)
             return events.StopAsked(now)
-        if trainer is None:
+        if not self._trainer.is_there:
             return events.Tick(now)
         self._points.look()
-        board = self._clerk.board
-        if board is not None:
-            trainer.follow(board.pid)
-        code = trainer.poll()
-        if code is not None and not self._exit_seen and not self._expects_heir(trainer, code, now):
+        code = self._trainer.exit_code(now, self._clerk.board)
+        if code is not None:
             return self._exited(code)
         self._note_look()
-        short = self._memory.look(now)
-        if short is not None:
-            self._events.put(short)
         # Before the tick, which asks whether it hangs; and a trainer that always moves stops none.
-        for event in self._vitals.look(now, self._clerk.board, trainer.pid):
+        for event in self._trainer.look(now, self._clerk.board):
             self._events.put(event)
         self._events.put(events.Tick(now))
         return self._events.get()
-
-    def _expects_heir(self, trainer: TrainerProcess, code: int, now: float) -> bool:
-        """Whether what was started has forked and ended well, and its child has yet to attach."""
-        board = self._clerk.board
-        if code != 0 or board is None or board.pid:
-            return False
-        if self._heir_until is None:
-            self._heir_until = now + _HEIR_SECONDS
-        return now < self._heir_until and trainer.leaves_session()
 
     def _exited(self, code: int) -> events.Exited:
         board = self._clerk.board
@@ -252,10 +241,9 @@ class Supervisor:
         left = [*self._rank.complete(), *self._rank.claimed()]
         steps = [int(marker.moment["step"]) for marker in left if not is_foreign(marker)]
         newest = max(steps, default=-1)
-        cause, explanation = self._memory.verdict(code) or ("", "")
+        cause, explanation = self._trainer.verdict(code) or ("", "")
         if cause:
             log.error("%s", explanation)
-        self._exit_seen = True
         return events.Exited(time.monotonic(), code, self._obeyed(), newest, step, cause)
 
     def _note_look(self) -> None:
@@ -349,9 +337,9 @@ class Supervisor:
                     self._store.hurry(deadline)
                     self._keeper.hurry(deadline)
                 case events.DumpStacks():
-                    self._dump_stacks()
-                case events.Relay(signum) if self._trainer is not None:
-                    self._relay(self._trainer, signum)
+                    self._trainer.show_stacks(self._clerk.board, self._stacks_shown)
+                case events.Relay(signum):
+                    self._trainer.relay(signum, self._clerk.board)
                 case events.KillTree():
                     self._end_trainer()
                 case events.EndAttempt(outcome, cause):
@@ -372,63 +360,24 @@ class Supervisor:
 
     def _start_trainer(self) -> None:
         self._end_trainer()
-        if self._trainer is not None:
-            raise RunnerError(f"process {self._trainer.pid} of the attempt before is still there")
-        self._first_step_seen = self._exit_seen = False
-        self._vitals.attempt_begins()
-        self._memory.begin()
-        self._heir_until = None
-        self._spool.write_plan(plan_for(self._assignment, self._attempt, self._files).to_json())
-        output = self._logs.pipes()
-        try:
-            self._trainer = TrainerProcess.start(
-                resolved_command(self._job),
-                cwd=self._job.workdir,
-                env=environment_for(self._assignment, self._attempt, self._spool.path, self._files),
-                stdout=output.stdout,
-                stderr=output.stderr,
-                groups=self._groups,
-            )
-        finally:
-            output.launched()
+        self._first_step_seen = False
+        places = self._launcher.places
+        self._spool.write_plan(plan_for(self._assignment, self._attempt, places).to_json())
+        self._trainer.start(self._attempt, variables_for(self._assignment, self._attempt, places))
 
     def _ask(self, kind: Any, why: Why, deadline: float) -> None:
         board = self._clerk.board
         if board is not None:
             board.ask(kind, why, int(deadline * 1e9))
 
-    def _relay(self, trainer: TrainerProcess, signum: int) -> None:
-        """To the process that has attached: a shell before it would only die of most signals."""
-        board = self._clerk.board
-        if board is None or not trainer.send_signal_to(board.pid, signum):
-            trainer.send_signal(signum)
-
-    def _dump_stacks(self) -> None:
-        """Ask the process that has attached: to any other, this signal is the end."""
-        board = self._clerk.board
-        pid = 0 if board is None else board.pid
-        if self._trainer is None:
-            return
-        if not self._trainer.send_signal_to(pid, signal.SIGRTMIN):
-            log.warning("the trainer has not attached yet, so it cannot show its stacks")
-            pid = self._trainer.pid
-        stacks.show(pid, lambda: self._events.put(events.StacksShown(time.monotonic())))
+    def _stacks_shown(self) -> None:
+        self._events.put(events.StacksShown(time.monotonic()))
 
     def _end_trainer(self) -> None:
         """Kill whatever is left of the attempt; it does not return before that is gone."""
-        trainer = self._trainer
-        if trainer is None:
-            return
-        remaining = trainer.kill_tree()
-        if remaining:
-            log.error("processes %s of the trainer do not die", remaining)
-            return
-        code = trainer.poll()
-        trainer.close()
-        self._trainer = None
+        code = self._trainer.end()
         self._points.look()
-        self._logs.drain()
-        if code is not None and not self._exit_seen:
+        if code is not None:
             self._events.put(self._exited(code))
 
     def _close_record(self, outcome: str, cause: str) -> None:

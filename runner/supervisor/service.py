@@ -17,7 +17,7 @@ from runner.job import Job, check_launchable, check_run_id, differences, is_s3, 
 from runner.spool import Spool, new_owner, spool_path
 from runner.store import Store
 from runner.supervisor import index
-from runner.supervisor.assignment import Assignment
+from runner.supervisor.assignment import Assignment, LocalFiles, launcher_for
 from runner.supervisor.beginning import beginning_of, real_place
 from runner.supervisor.loop import Supervisor
 from runner.supervisor.preflight import (
@@ -93,7 +93,8 @@ def supervise(job: Job, wishes: Wishes) -> int:
     options = asdict(s3_options(job)) if is_s3(store.url) else None
     index.remember(index.Entry(run_id, store.url, str(spool.path), logs, utc_now(), options))
     log.info("run %s: checkpoints in %s", run_id, store.url)
-    return Supervisor(found, store, spool, ledger).run()
+    launcher = launcher_for(found, spool.path, LocalFiles(index.files_of(run_id, store.url)))
+    return Supervisor(found, store, spool, ledger, launcher).run()
 
 
 def _look(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
+from collections.abc import Callable
 
 from runner.board import Board
 from runner.supervisor.events import Event, Overslept, Progressed, Unhealthy, Worked
@@ -12,7 +11,6 @@ from runner.supervisor.hangs import STARTING_UP
 _OVERSLEPT_SECONDS = 5.0  # between two looks: this process was frozen, or had to wait for long
 _CPU_ROUND_SECONDS = 5.0  # between two looks at the CPU, or less if the job's limit is short
 _BUSY_SHARE = 0.1  # of one CPU
-_TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 
 
 class Vitals:
@@ -31,8 +29,10 @@ class Vitals:
         self._cpu_looked_at: float | None = None
         self._cpu_seconds = 0.0
 
-    def look(self, now: float, board: Board | None, session: int) -> list[Event]:
-        """What has changed. `session` is that of the trainer's processes."""
+    def look(
+        self, now: float, board: Board | None, cpu_seconds: Callable[[], float]
+    ) -> list[Event]:
+        """What has changed. `cpu_seconds` tells what the trainer has used of the CPU so far."""
         found: list[Event] = []
         before, self._looked_at = self._looked_at, now
         if before is not None and now - before > _OVERSLEPT_SECONDS:
@@ -49,30 +49,14 @@ class Vitals:
         elif steps >= self._patience_steps and since != self._told_sick_since:
             self._told_sick_since = since
             found.append(Unhealthy(now, since - 1, steps))
-        if seen[1] in STARTING_UP and self._has_worked(now, session):
+        if seen[1] in STARTING_UP and self._has_worked(now, cpu_seconds):
             found.append(Worked(now))
         return found
 
-    def _has_worked(self, now: float, session: int) -> bool:
+    def _has_worked(self, now: float, cpu_seconds: Callable[[], float]) -> bool:
         begun = self._cpu_looked_at
         if begun is not None and now - begun < self._cpu_round_seconds:
             return False
         self._cpu_looked_at = now
-        before, self._cpu_seconds = self._cpu_seconds, cpu_seconds(session)
+        before, self._cpu_seconds = self._cpu_seconds, cpu_seconds()
         return begun is not None and self._cpu_seconds - before >= _BUSY_SHARE * (now - begun)
-
-
-def cpu_seconds(session: int) -> float:
-    """What the living processes of a session have used of the CPU, their dead children included."""
-    ticks = 0
-    for name in os.listdir("/proc"):  # noqa: PTH208 - a Path for each process is too slow
-        if not name.isdigit():
-            continue
-        try:
-            text = Path("/proc", name, "stat").read_bytes()
-        except OSError:  # it has ended meanwhile
-            continue
-        fields = text[text.rindex(b")") + 2 :].split()  # see proc_pid_stat(5)
-        if int(fields[3]) == session:
-            ticks += sum(map(int, fields[11:15]))
-    return ticks / _TICKS_PER_SECOND

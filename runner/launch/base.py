@@ -1,0 +1,94 @@
+"""How a supervisor has its trainer started, whatever that runs in: a launcher and its handles.
+
+A launcher belongs to a run on one node. A handle is one life of the trainer with all that it
+starts. Process ids that are handed in here are those that the trainer itself knows, by the board;
+those that are handed out are this machine's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the trainer finds what it shares with its supervisor."""
+
+    spool: Path
+    outputs: Path
+    slots: Path
+    """Where a slot goes that memory is too short for."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is to be started: an attempt, the `RUNNER_*` variables that the trainer is told, and
+    where it prints to, as descriptors of ours."""
+
+    attempt: int
+    own: Mapping[str, str]
+    stdout: int
+    stderr: int
+
+
+class Handle(Protocol):
+    """One life of the trainer, and everything that it starts. Used from one thread."""
+
+    @property
+    def pid(self) -> int:
+        """Of what was started."""
+
+    @property
+    def pids(self) -> list[int]:
+        """The children of this process whose exit codes are the handle's to take."""
+
+    def follow(self, pid: int) -> None:
+        """This process has attached: it is the trainer."""
+
+    def poll(self) -> int | None:
+        """The exit code, negative for a signal, or None while it runs. Can be asked again."""
+
+    def leaves_session(self) -> bool:
+        """Whether something may still attach though what was started has ended."""
+
+    def send_signal(self, signum: int) -> None:
+        """To what was started; nothing happens once it has ended."""
+
+    def send_signal_to(self, pid: int, signum: int) -> bool:
+        """To one process of the trainer; False if there is none with this number."""
+
+    def pid_here(self, pid: int) -> int | None:
+        """What this machine calls a process of the trainer; None where that cannot be told."""
+
+    def cpu_seconds(self) -> float:
+        """What it has used of the CPU so far."""
+
+    def kill_tree(self) -> list[int]:
+        """Kill all of it and wait for the end, for some seconds; who is left then."""
+
+    def close(self) -> None:
+        """Give back what the handle holds. Nothing is killed."""
+
+
+class Launcher(Protocol):
+    """Starts the trainer of one run on this node."""
+
+    @property
+    def places(self) -> Places:
+        """The folders of the run, as the trainer sees them."""
+
+    def end_leftovers(self) -> list[str]:
+        """End what a dead supervisor of this run has left here; what that was, in words.
+
+        The caller holds the spool's lock, so nobody else is using it.
+        """
+
+    def start(self, order: Order) -> Handle:
+        """Start the trainer; return when it executes.
+
+        Raises UsageError if it never can be started, another RunnerError or OSError if it cannot be
+        just now. Nothing runs after an error.
+        """

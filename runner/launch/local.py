@@ -1,0 +1,44 @@
+"""The launcher for trainers that are processes of this machine, as the supervisor itself is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from runner.job import Job, resolved_command
+from runner.launch.base import Order, Places
+from runner.launch.cgroup import own_group, remove_empty
+from runner.launch.leftovers import end_leftovers
+from runner.launch.process import TrainerProcess, build_environment
+
+
+class ProcessLauncher:
+    """Starts a job's command in a process and a session of its own."""
+
+    def __init__(self, job: Job, places: Places, parent: Mapping[str, str] = os.environ) -> None:
+        self._job, self._parent = job, parent
+        self._groups: Path | None = own_group()
+        self.places = places
+
+    def end_leftovers(self) -> list[str]:
+        left = end_leftovers(self.places.spool)
+        remove_empty(self._groups)
+        return [f"process {pid}" for pid in left]
+
+    def start(self, order: Order) -> TrainerProcess:
+        environment = build_environment(
+            self._parent,
+            order.own,
+            self._job.env,
+            pass_credentials=self._job.credentials == "pass",
+        )
+        environment.setdefault("PYTHONUNBUFFERED", "1")
+        return TrainerProcess.start(
+            resolved_command(self._job),
+            cwd=self._job.workdir,
+            env=environment,
+            stdout=order.stdout,
+            stderr=order.stderr,
+            groups=self._groups,
+        )

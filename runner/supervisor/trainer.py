@@ -1,0 +1,141 @@
+"""The trainer, whichever attempt it is: started, watched, signalled, and ended for good.
+
+Between two attempts there is none. What it runs in is its launcher's business; what an end or a
+silence of it means is the machine's.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Callable
+
+from runner.board import Board
+from runner.errors import RunnerError
+from runner.launch.base import Handle, Launcher, Order
+from runner.supervisor import stacks
+from runner.supervisor.events import Event
+from runner.supervisor.memory_guard import MemoryGuard
+from runner.supervisor.runlog import RunLog
+from runner.supervisor.vitals import Vitals
+
+log = logging.getLogger(__name__)
+
+_HEIR_SECONDS = 30.0  # for the child of a script that has forked and ended, to attach
+
+
+class Trainer:
+    """One at a time. All of it belongs into the loop's thread."""
+
+    def __init__(
+        self, launcher: Launcher, logs: RunLog, memory: MemoryGuard, vitals: Vitals
+    ) -> None:
+        self._launcher, self._logs = launcher, logs
+        self._memory, self._vitals = memory, vitals
+        self._handle: Handle | None = None
+        self._told = False
+        self._heir_until: float | None = None
+
+    @property
+    def is_there(self) -> bool:
+        """Whether one was started and has not been ended for good."""
+        return self._handle is not None
+
+    @property
+    def pids(self) -> list[int]:
+        """The processes that nobody else may wait for."""
+        return [] if self._handle is None else self._handle.pids
+
+    def start(self, attempt: int, own: dict[str, str]) -> None:
+        """Start that of an attempt; `own` are the variables that it is told.
+
+        Raises UsageError if that can never be, RunnerError or OSError if it cannot be now.
+        """
+        if self._handle is not None:
+            raise RunnerError(f"process {self._handle.pid} of the attempt before is still there")
+        self._told = False
+        self._heir_until = None
+        self._vitals.attempt_begins()
+        self._memory.begin()
+        output = self._logs.pipes()
+        try:
+            order = Order(attempt, own, output.stdout, output.stderr)
+            self._handle = self._launcher.start(order)
+        finally:
+            output.launched()
+
+    def exit_code(self, now: float, board: Board | None) -> int | None:
+        """The code with which it has ended: once, None before and after."""
+        handle = self._handle
+        if handle is None:
+            return None
+        if board is not None:
+            handle.follow(board.pid)
+        code = handle.poll()
+        if code is None or self._told or self._expects_heir(handle, code, now, board):
+            return None
+        self._told = True
+        return code
+
+    def _expects_heir(self, handle: Handle, code: int, now: float, board: Board | None) -> bool:
+        """Whether what was started has forked and ended well, and its child has yet to attach."""
+        if code != 0 or board is None or board.pid:
+            return False
+        if self._heir_until is None:
+            self._heir_until = now + _HEIR_SECONDS
+        return now < self._heir_until and handle.leaves_session()
+
+    def look(self, now: float, board: Board | None) -> list[Event]:
+        """What has changed since the last look, at its memory and its signs of life."""
+        if self._handle is None:
+            return []
+        short = self._memory.look(now)
+        seen = self._vitals.look(now, board, self._handle.cpu_seconds)
+        return seen if short is None else [short, *seen]
+
+    def verdict(self, code: int) -> tuple[str, str] | None:
+        """Cause and explanation of its end, where more is known than its code."""
+        return self._memory.verdict(code)
+
+    def relay(self, signum: int, board: Board | None) -> None:
+        """To the process that has attached: a shell before it would only die of most signals."""
+        if self._handle is None:
+            return
+        if board is None or not self._handle.send_signal_to(board.pid, signum):
+            self._handle.send_signal(signum)
+
+    def show_stacks(self, board: Board | None, when_shown: Callable[[], None]) -> None:
+        """Ask the process that has attached: to any other, this signal is the end."""
+        handle = self._handle
+        if handle is None:
+            return
+        pid = 0 if board is None else board.pid
+        if handle.send_signal_to(pid, signal.SIGRTMIN):
+            shown = handle.pid_here(pid)
+        else:
+            log.warning("the trainer has not attached yet, so it cannot show its stacks")
+            shown = handle.pid
+        if shown is not None:
+            stacks.show(shown, when_shown)
+
+    def end(self) -> int | None:
+        """Kill whatever is left of the attempt; it does not return before that is gone.
+
+        Gives its exit code, if that has not been told yet. What does not die remains; call it
+        again then.
+        """
+        handle = self._handle
+        if handle is None:
+            return None
+        remaining = handle.kill_tree()
+        if remaining:
+            log.error("processes %s of the trainer do not die", remaining)
+            return None
+        code = handle.poll()
+        handle.close()
+        self._handle = None
+        self._logs.drain()
+        if self._told:
+            return None
+        self._told = True
+        return code
