@@ -43,6 +43,12 @@ def resolved_command(job: Job) -> list[str]:
     return [str(Path(found).absolute()), *rest]
 
 
+def interpreter(job: Job) -> str:
+    """The Python that the command begins with; the one that runs `runner` if it is no Python's."""
+    program = resolved_command(job)[0]
+    return program if _is_python(program) else sys.executable
+
+
 def check_launchable(job: Job) -> None:
     """Raise JobError if the trainer could not even start here; nothing is started or imported.
 
@@ -76,7 +82,7 @@ def shadowing_file(job: Job) -> Path | None:
     which Python takes only if there is no package of that name anywhere.
     """
     importlib.invalidate_caches()
-    spec = PathFinder.find_spec("runner", _import_folders(job))
+    spec = PathFinder.find_spec("runner", import_folders(job))
     if spec is None or spec.origin is None:
         return None
     found, own = Path(spec.origin), Path(__file__).with_name("__init__.py")
@@ -85,7 +91,7 @@ def shadowing_file(job: Job) -> Path | None:
     return found.parent if spec.submodule_search_locations else found
 
 
-def _import_folders(job: Job) -> list[str]:
+def import_folders(job: Job) -> list[str]:
     """Where the trainer's imports look before the installed packages."""
     kind, target = _python_target(job.command)
     scripts = [target] if kind == "script" else []
@@ -100,7 +106,7 @@ def _import_folders(job: Job) -> list[str]:
 
 def _is_importable(job: Job, top_level: str) -> bool:
     importlib.invalidate_caches()
-    if PathFinder.find_spec(top_level, _import_folders(job)) is not None:
+    if PathFinder.find_spec(top_level, import_folders(job)) is not None:
         return True
     if job.command[0] not in ("python", "python3"):
         return True  # another interpreter: what it has installed is not known here
@@ -117,7 +123,7 @@ def _python_target(
 
     The options are those of https://docs.python.org/3/using/cmdline.html
     """
-    if not re.fullmatch(r"python[0-9.]*", Path(command[0]).name):
+    if not _is_python(command[0]):
         return "program", command[0]
     words = iter(command[1:])
     for word in words:
@@ -135,6 +141,10 @@ def _python_target(
             if option[0] == "c":
                 break
     return "code", ""
+
+
+def _is_python(program: str) -> bool:
+    return re.fullmatch(r"python[0-9.]*", Path(program).name) is not None
 
 
 def workdir_problem(workdir: Path) -> str | None:

@@ -36,6 +36,7 @@ from runner.job_types import (
     directory,
     dns_label,
 )
+from runner.job_validate import Validate
 from runner.job_yaml import MAX_DEPTH, KeyPath, dotted, not_unicode
 from runner.units import format_duration
 
@@ -193,6 +194,7 @@ class Checkpoint(Part):
         default=True, description="Copy out of a GPU beside the next step, where that is safe."
     )
     keep: Keep = Keep()
+    validation: Validate | None = Field(default=None, alias="validate")
 
 
 def _each_once(clouds: tuple[str, ...]) -> tuple[str, ...]:

@@ -48,6 +48,8 @@ checkpoint:
   every: {steps: 500, minutes: 2.5, epochs: 1}
   snapshot_every: {steps: 4}
   slots: 3
+  validate: {entrypoint: "jobs.rul.validate:check", every: 5, timeout: 5m, tolerance: 0.01,
+    metrics: {val_rmse: 0.5}}
   keep: {last: 5, best: {metric: val_rmse, mode: max, count: 2}, every: {epochs: 10}}
 preemption: {grace: 2m, notices: [aws, azure]}
 restart: {failures: 0, backoff: {initial: 250ms, max: 1h}, hang_timeout: 1.5h, never: [2, 78]}
@@ -125,6 +127,11 @@ def test_every_key_is_read(load: Load, tmp_path: Path) -> None:
     assert (every.steps, every.minutes, every.epochs) == (500, 2.5, 1)
     assert job.checkpoint.snapshot_every.steps == 4
     assert job.checkpoint.slots == 3
+    validation = job.checkpoint.validation
+    assert validation is not None
+    assert (validation.entrypoint, validation.every) == ("jobs.rul.validate:check", 5)
+    assert (validation.timeout_seconds, validation.tolerance) == (300.0, 0.01)
+    assert validation.metrics == {"val_rmse": 0.5}
     keep = job.checkpoint.keep
     assert keep.last == 5
     assert keep.best is not None
@@ -427,6 +434,15 @@ REFUSED = {
     "checkpoint: {every: {epochs: -1}}": "every.epochs: expected 1 or more, got -1",
     "checkpoint: {every: {steps: , minutes: 1}}": "every.steps: has no value",
     "checkpoint: {snapshot_every: 5}": "snapshot_every: expected auto, or a mapping with keys",
+    "checkpoint: {validate: {every: 2}}": "checkpoint.validate.entrypoint: is missing",
+    "checkpoint: {validate: {entrypoint: check}}": "checkpoint.validate.entrypoint: expected"
+    " module:function, such as jobs.rul.validate:check, got 'check'",
+    'checkpoint: {validate: {entrypoint: "a:b", metrics: {loss: -1}}}':
+        "checkpoint.validate.metrics.loss: expected 0.0 or more, got -1",
+    'checkpoint: {validate: {entrypoint: "a:b", tolerance: 1.5}}':
+        "checkpoint.validate.tolerance: expected 1.0 or less, got 1.5",
+    'checkpoint: {validate: {entrypoint: "a:b", evry: 2}}': "checkpoint.validate.evry: is not a"
+    " key of a job; did you mean checkpoint.validate.every?",
     "checkpoint: {slots: -1}": "checkpoint.slots: expected 0 or more, got -1",
     "checkpoint: {slots: 9}": "checkpoint.slots: expected 8 or less, got 9",
     "checkpoint: {keep: {last: 0}}": "checkpoint.keep.last: expected 1 or more, got 0",

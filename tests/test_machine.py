@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from runner import exitcodes
 from runner.board import Request, Why
 from runner.saves import SaveRecord
-from runner.supervisor.events import Persisted
+from runner.supervisor.events import Persisted, Validated
 from runner.supervisor.machine import (
     TERMINAL,
     Action,
@@ -1534,6 +1534,7 @@ EVENTS_OF_EACH_KIND: list[Event] = [
     Progressed(999.0, "training"),
     Saved(999.0, 99),
     Persisted(999.0, SaveRecord("step-000000099-a0001-s001", 1, 99, 999.0)),
+    Validated(999.0, "step-000000099-a0001-s001", "valid"),
     Drained(999.0),
     SaveFailed(999.0, "x"),
     sigterm(999.0),

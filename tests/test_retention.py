@@ -172,6 +172,7 @@ def test_the_manifest_goes_first(store: DirectoryStore, monkeypatch: pytest.Monk
 
     assert [key.rpartition("/")[2] for key in asked] == [
         "manifest.json",
+        "validation.json",
         "model.safetensors",
         "optimizer.safetensors",
         "state.json",

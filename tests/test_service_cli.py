@@ -29,8 +29,8 @@ STATUS_KEYS = [
     *("cause", "saved_step", "last_checkpoint", "store", "pid"),
 ]
 CHECKPOINT_KEYS = [
-    *("name", "step", "epoch", "attempt", "save", "triggers", "bytes", "healthy", "pinned"),
-    *("created_at", "metrics"),
+    *("name", "step", "epoch", "attempt", "save", "triggers", "bytes", "healthy", "validated"),
+    *("pinned", "created_at", "metrics", "validation"),
 ]
 
 

@@ -22,6 +22,7 @@ from runner.checkpoint.format import CheckpointName, FileImage
 from runner.checkpoint.latest import read_latest
 from runner.checkpoint.manifest import FileEntry, Manifest
 from runner.checkpoint.retention import ranked
+from runner.checkpoint.validation import Validation, Verdict, read_validation
 from runner.errors import CheckpointCorrupt, CheckpointInvalid, NotFound, StoreError, UnknownName
 from runner.store import Store
 
@@ -37,11 +38,28 @@ class Layout:
     nbytes: int
 
 
-class Archive:
-    """Reads the checkpoints of one run; the only thing it ever writes is a quarantine marker."""
+def _nothing() -> None:
+    pass
 
-    def __init__(self, store: Store, run_id: str) -> None:
+
+class Archive:
+    """Reads the checkpoints of one run; the only thing it ever writes is a quarantine marker.
+
+    `before_part` is called before each part of a file is read, and may raise to end that; so many
+    parts are read at once as the store likes best, unless `at_once` says something else.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        run_id: str,
+        *,
+        before_part: Callable[[], None] = _nothing,
+        at_once: int | None = None,
+    ) -> None:
         self.store, self.run_id = store, run_id
+        self._before_part = before_part
+        self._at_once = store.fetches_at_once if at_once is None else at_once
 
     def names(self) -> list[CheckpointName]:
         """Committed or not, newest first, without those in quarantine."""
@@ -88,15 +106,19 @@ class Archive:
     def find(self, which: str, metric: str | None = None, mode: str = "min") -> Manifest:
         """The checkpoint that a user names: `latest`, `best`, a step, or its full name.
 
+        One that validation found invalid is not the best, unless there is no other.
+
         Raises UnknownName if there is no such checkpoint, CheckpointInvalid if it is unusable.
         """
         manifests = {manifest.name: manifest for manifest in self.manifests()}
         if which == "latest" and manifests:
             return next(iter(manifests.values()))
         if which == "best" and metric is not None:
-            best = ranked([m.moment for m in manifests.values()], metric, mode)
+            best = [
+                str(m.name) for m in ranked([m.moment for m in manifests.values()], metric, mode)
+            ]
             if best:
-                return manifests[str(best[0].name)]
+                return manifests[next((b for b in best if not self.is_invalid(b)), best[0])]
         if which.isascii() and which.isdigit():
             for manifest in manifests.values():
                 if str(manifest.moment.step) == (which.lstrip("0") or "0"):
@@ -107,6 +129,15 @@ class Archive:
             return self.manifest(which)
         steps = [str(manifest.moment.step) for manifest in manifests.values()]
         raise UnknownName(f"checkpoint of run {self.run_id}", which, [*manifests, *steps])
+
+    def validation(self, name: str) -> Validation | None:
+        """What came of trying a checkpoint; None if it was not tried. One request."""
+        return read_validation(self.store, self.run_id, name)
+
+    def is_invalid(self, name: str) -> bool:
+        """Whether a checkpoint was tried, and is of no use. One request."""
+        found = self.validation(name)
+        return found is not None and found.verdict is Verdict.INVALID
 
     def quarantine(self, name: str, reason: str) -> None:
         """Mark a checkpoint as not to be used; its files stay for whoever wants to look."""
@@ -153,7 +184,7 @@ class Archive:
                     loads.append(partial(self._load_part, manifest, file, index, part))
                 else:
                     loads.append(partial(self._unpack_part, manifest, file, index, packed))
-        with ThreadPoolExecutor(self.store.fetches_at_once, "verify") as pool:
+        with ThreadPoolExecutor(self._at_once, "verify") as pool:
             futures = [pool.submit(load) for load in loads]
             try:
                 for future in futures:
@@ -166,6 +197,7 @@ class Archive:
         """Read one part; once more if it is wrong, because a network may have spoilt it."""
         begin = index * file.part_bytes
         for _ in range(_READS):
+            self._before_part()
             self.store.fetch(self._key(manifest, file), begin, part)
             if sha256(part).hexdigest() == file.parts[index]:
                 return

@@ -22,6 +22,7 @@ from runner.errors import CheckpointInvalid
 
 STATE_FILE = "state.json"
 MANIFEST_FILE = "manifest.json"
+VALIDATION_FILE = "validation.json"  # written later, see `validation`
 TENSOR_SUFFIX = ".safetensors"
 COMPRESSED_SUFFIX = ".safetensors.zst"
 
@@ -45,12 +46,12 @@ _CHECKPOINT_NAME = re.compile(r"step-([0-9]{9,18})-a([0-9]{4,9})-s([0-9]{3,9})")
 
 
 def is_file_name(name: object) -> bool:
-    """Whether a name from outside may become a file of a checkpoint: plain, not the manifest."""
+    """Whether a name from outside may become a file of a checkpoint: plain, and none of ours."""
     return (
         isinstance(name, str)
         and _FILE_NAME.fullmatch(name) is not None
         and ".." not in name
-        and name != MANIFEST_FILE
+        and name not in (MANIFEST_FILE, VALIDATION_FILE)
     )
 
 

@@ -181,7 +181,8 @@ class Keeper:
                 log.error("%s; it is not used", error)
                 self._claims.drop(marker.slot)
                 continue
-            avoided = str(moment.name) in self._persister.ledger.gone_back
+            name = str(moment.name)
+            avoided = name in self._persister.ledger.gone_back or self._archive.is_invalid(name)
             if not avoided and (moment.healthy or not self._prefer_healthy):
                 return marker, moment
             self._claims.release(marker.slot)
@@ -241,7 +242,7 @@ class Keeper:
         return memoryview(open_slot(path, nbytes))
 
     def _hold(self, loaded: Loaded, facts: Mapping[str, Any]) -> tuple[Marker, Moment]:
-        marker = _marker(0, loaded, facts)
+        marker = marker_of(0, loaded, facts)
         self._claims.hold(marker)
         return marker, loaded.manifest.moment
 
@@ -419,7 +420,7 @@ class Keeper:
         if loaded is None:
             self._persister.look_again()
             raise NoValidCheckpoint(f"{manifest.name} is not sound and was put into quarantine")
-        return asdict(_marker(0, loaded, {}))
+        return asdict(marker_of(0, loaded, {}))
 
 
 def read_restore(rank: RankSpool) -> Marker | None:
@@ -438,7 +439,8 @@ def _nbytes(marker: Marker) -> int:
     return sum(size for size in sizes if isinstance(size, int))
 
 
-def _marker(slot: int, loaded: Loaded, facts: Mapping[str, Any]) -> Marker:
+def marker_of(slot: int, loaded: Loaded, facts: Mapping[str, Any]) -> Marker:
+    """How what was loaded lies in a slot."""
     return Marker(
         slot=slot,
         must=False,

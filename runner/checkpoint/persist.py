@@ -17,7 +17,14 @@ from runner.checkpoint.attempts import Ledger
 from runner.checkpoint.compression import CompressedFile, Compressor, Rates
 from runner.checkpoint.frames import chunk_bytes_for
 from runner.checkpoint.manifest import FileEntry, Manifest, Moment
-from runner.checkpoint.retention import Keep, delete_checkpoint, pins, superfluous
+from runner.checkpoint.retention import (
+    Keep,
+    counted_apart,
+    delete_checkpoint,
+    pins,
+    superfluous,
+)
+from runner.checkpoint.validation import Verdict, read_validation
 from runner.errors import Abandoned, CheckpointCorrupt, NotFound, StoreError
 from runner.store import Content, Part, Staging, Store
 
@@ -44,7 +51,8 @@ class Persister:
     each save, because it is collected while the first step runs.
 
     With `compresses`, files with tensors are stored compressed; in an emergency (a preemption,
-    an interrupt) only if it is known that the save ends sooner then.
+    an interrupt) only if it is known that the save ends sooner then. With `validates`, what is
+    deleted depends on how checkpoints were validated: then it is looked, once, how each was.
     """
 
     store: Store
@@ -52,14 +60,21 @@ class Persister:
     keep: Keep
     provenance: Callable[[], Mapping[str, Any]] = dict
     compresses: bool = False
+    validates: bool = False
 
     def __post_init__(self) -> None:
         self._known: dict[str, Manifest] | None = None
+        self._verdicts: dict[str, Verdict] | None = None
         self._rates = Rates()
 
     def look_again(self) -> None:
         """Forget which checkpoints there are: something else may have changed that."""
-        self._known = None
+        self._known = self._verdicts = None
+
+    def note_verdict(self, name: str, verdict: Verdict) -> None:
+        """A checkpoint was validated just now; from any thread."""
+        if self._verdicts is not None:
+            self._verdicts[name] = verdict
 
     def persist(
         self,
@@ -185,24 +200,31 @@ class Persister:
             self._known = {manifest.name: manifest for manifest in archive.manifests()}
         return self._known
 
-    def retain(self) -> list[str]:
-        """Delete what the policy no longer keeps; the names of what went.
+    def _all_verdicts(self) -> dict[str, Verdict]:
+        """How the checkpoints of this run were validated, by their names."""
+        if self._verdicts is None:
+            verdicts = {}
+            for name in self._all_known() if self.validates else ():
+                found = read_validation(self.store, self.ledger.run_id, name)
+                if found is not None:
+                    verdicts[name] = found.verdict
+            self._verdicts = verdicts
+        return self._verdicts
 
-        Checkpoints that the run has gone back from are counted apart: they must not crowd out
-        those before them, to which it may have to go back next.
-        """
-        known = self._all_known()
-        avoided = self.ledger.gone_back
+    def retain(self) -> list[str]:
+        """Delete what the policy no longer keeps; the names of what went."""
+        known, verdicts = self._all_known(), self._all_verdicts()
         record = self.ledger.record or self.ledger.latest()
         protected = {record.resumed_from or ""} if record else set()
 
         def going() -> list[str]:
             moments = [manifest.moment for manifest in known.values()]
-            ways = (
-                [m for m in moments if str(m.name) not in avoided],
-                [m for m in moments if str(m.name) in avoided],
-            )
-            return [str(m.name) for way in ways for m in superfluous(way, self.keep, protected)]
+            groups = counted_apart(moments, self.ledger.gone_back, verdicts)
+            return [
+                str(moment.name)
+                for group in groups
+                for moment in superfluous(group, self.keep, protected, verdicts)
+            ]
 
         if not going():
             return []

@@ -1,7 +1,8 @@
 """Which checkpoint a run continues from, and bringing it, verified, into memory.
 
-The newest that is sound wins, but for those that the run has gone back from. A corrupt one is
-marked in `quarantine/` and the one before it is tried; a store that refuses or times out proves
+The newest that is sound wins, but for those that the run has gone back from, and those that
+validation found invalid: they are passed over, and tried when nothing else is sound. A corrupt one
+is marked in `quarantine/` and the one before it is tried; a store that refuses or times out proves
 nothing and is an error. If the run has committed checkpoints and none of them verifies, that is an
 error too: it never starts anew in silence.
 """
@@ -9,7 +10,7 @@ error too: it never starts anew in silence.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from runner.checkpoint.archive import Archive, Layout
@@ -44,8 +45,9 @@ def load_newest(
 
     `skip` goes back by so many, or, where it is known, to what comes `before` the one that did not
     lead on (never past the oldest); if there is no sound one as old as that, a newer one has to do.
-    Those in `gone_back` are not counted, and are tried last. None if the run
-    has never committed one. Raises NoValidCheckpoint, StoreError, or what `allocate` raises.
+    Those in `gone_back` are not counted, and are tried late; those that validation found invalid,
+    last of all. None if the run has never committed one. Raises NoValidCheckpoint, StoreError, or
+    what `allocate` raises.
     """
     full = [m for m in _readable(archive) if m.moment.scope == "full"]
     trusted = [m for m in full if m.name not in gone_back] or full
@@ -54,7 +56,8 @@ def load_newest(
     last_resort += [m for m in full if m not in trusted]
     if skip and before is not None:
         skip = sum(manifest.moment.name >= before for manifest in wanted)
-    for manifest in [*wanted[skip:], *reversed(wanted[:skip]), *last_resort]:
+    candidates = [*wanted[skip:], *reversed(wanted[:skip]), *last_resort]
+    for manifest in _invalid_last(archive, candidates):
         if not manifest.moment.healthy:
             log.warning("%s holds metrics that are not finite", manifest.name)
         loaded = load(archive, manifest, allocate)
@@ -86,6 +89,18 @@ def load(
         log.warning("%s has been deleted meanwhile (%s)", manifest.name, error)
         return None
     return Loaded(manifest, layout)
+
+
+def _invalid_last(archive: Archive, manifests: Iterable[Manifest]) -> Iterator[Manifest]:
+    """Look at each, when its turn comes, whether validation found it invalid."""
+    invalid = []
+    for manifest in manifests:
+        if archive.is_invalid(manifest.name):
+            log.warning("%s is passed over: validation found it invalid", manifest.name)
+            invalid.append(manifest)
+        else:
+            yield manifest
+    yield from invalid
 
 
 def _readable(archive: Archive) -> list[Manifest]:

@@ -38,7 +38,10 @@ def list_checkpoints(
     """All checkpoints of a run, newest first."""
     from runner.supervisor.lookup import checkpoints_of
 
-    columns = ("name", "step", "epoch", "triggers", "bytes", "healthy", "pinned", "created_at")
+    columns = (
+        *("name", "step", "epoch", "triggers", "bytes"),
+        *("healthy", "validated", "pinned", "created_at"),
+    )
     print_rows(
         checkpoints_of(found_run(name, store, s3_endpoint, s3_region, s3_ca_bundle)),
         columns,
@@ -68,16 +71,28 @@ def show_checkpoint(
             value
         )
         return
+    validation = found.archive.validation(manifest.name)
     document = json.loads(manifest.to_json())
+    document["validation"] = None if validation is None else validation.to_json()
     if output == "json":
         print_json(document)
         return
     for key, value in document.items():
-        if key == "files":
+        if key == "validation":
+            typer.echo(f"{key:<20} {_validation_text(value)}")
+        elif key == "files":
             for file in value:
                 typer.echo(f"{'file':<20} {file['name']} {file['size']} bytes {file['digest']}")
         else:
             typer.echo(f"{key:<20} {json.dumps(value)}")
+
+
+def _validation_text(validation: dict[str, Any] | None) -> str:
+    if validation is None:
+        return "not tried"
+    reason = validation["reason"] and f": {validation['reason']}"
+    metrics = ", ".join(f"{name} {value}" for name, value in validation["metrics"].items())
+    return f"{validation['verdict']}{reason} ({metrics or 'no metrics'})"
 
 
 @app.command("verify")

@@ -41,17 +41,15 @@ def submit(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, and start nothing.")] = False,
 ) -> None:
     """Start a run, or continue it if it exists."""
-    from runner.job import check_launchable
-
     loaded = load(job, param, launcher, store)
     if dry_run:
-        check_launchable(loaded)
+        _check(loaded)
         print_json(_resolved(loaded))
         return
     if detach:
         from runner.supervisor.detached import start_detached
 
-        check_launchable(loaded)
+        _check(loaded)
         arguments = sys.argv[1:]
         started = start_detached([a for a in arguments if a != "--detach"])
         if started.exit_code is not None:
@@ -77,6 +75,15 @@ def run(
     """Start or continue a run in the foreground, as PID 1 of a container."""
     loaded = load(job, param, launcher, store)
     _supervise(loaded, run_id, new, update, begin_from, components)
+
+
+def _check(job: Any) -> None:
+    """UsageError if what the job names to be started or called is not there."""
+    from runner.job import check_launchable
+    from runner.supervisor.trial import check_entrypoint
+
+    check_launchable(job)
+    check_entrypoint(job)
 
 
 def _resolved(job: Any) -> dict[str, Any]:
@@ -122,12 +129,11 @@ def simulate(
 ) -> None:
     """Run a job to its end on a simulated spot node, and report what the preemptions cost."""
     from runner import simulation
-    from runner.job import check_launchable
     from runner.supervisor.service import Wishes, run_id_for, usable_store_of
     from runner.units import parse_duration
 
     loaded = load(job, param, None, store)
-    check_launchable(loaded)
+    _check(loaded)
     try:
         seconds = loaded.preemption.grace_seconds if grace is None else parse_duration(grace)
     except ValueError as error:

@@ -46,6 +46,11 @@ class LocalFiles:
         return self.folder / "outputs"
 
     @property
+    def validation(self) -> Path:
+        """Where a checkpoint is read back to, to be tried."""
+        return self.folder / ".validation"
+
+    @property
     def slots(self) -> Path:
         """Where a slot goes that memory is too short for."""
         return self.folder / ".slots"

@@ -123,6 +123,16 @@ class Saved(Event):
 
 
 @dataclass(frozen=True)
+class Validated(Event):
+    """A checkpoint was tried: `valid` or `invalid`, or `unknown` if nothing can be said of it."""
+
+    checkpoint: str
+    result: str
+    reason: str = ""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
 class Persisted(Event):
     """The same of any checkpoint, for those who count: what it was, and how long it took."""
 

@@ -16,6 +16,7 @@ from runner.checkpoint.archive import Archive
 from runner.checkpoint.attempts import AttemptRecord, Ledger
 from runner.checkpoint.manifest import Manifest, moment_to_json
 from runner.checkpoint.retention import pins
+from runner.checkpoint.validation import Validation
 from runner.errors import RunnerError, StoreError, UnknownName, UsageError
 from runner.job import is_s3, s3_url
 from runner.spool import Spool, spool_path
@@ -209,10 +210,16 @@ def exit_code_of(run: KnownRun) -> int:
 def checkpoints_of(run: KnownRun) -> list[dict[str, Any]]:
     """All checkpoints, newest first, as `runner checkpoints ls -o json` prints them."""
     pinned = pins(run.store, run.run_id)
-    return [checkpoint_row(manifest, pinned) for manifest in run.archive.manifests()]
+    archive = run.archive
+    return [
+        checkpoint_row(manifest, pinned, archive.validation(manifest.name))
+        for manifest in archive.manifests()
+    ]
 
 
-def checkpoint_row(manifest: Manifest, pinned: set[str]) -> dict[str, Any]:
+def checkpoint_row(
+    manifest: Manifest, pinned: set[str], validation: Validation | None
+) -> dict[str, Any]:
     moment = manifest.moment
     return {
         "name": manifest.name,
@@ -223,9 +230,11 @@ def checkpoint_row(manifest: Manifest, pinned: set[str]) -> dict[str, Any]:
         "triggers": list(moment.triggers),
         "bytes": manifest.nbytes,
         "healthy": moment.healthy,
+        "validated": None if validation is None else validation.verdict.value,
         "pinned": manifest.name in pinned,
         "created_at": moment.created_at,
         "metrics": moment_to_json(moment)["metrics"],
+        "validation": None if validation is None else validation.to_json(),
     }
 
 

@@ -6,6 +6,7 @@ says what they mean; the actions are carried out here. It never imports torch.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import queue
@@ -56,6 +57,7 @@ from runner.supervisor.runlog import RunLog
 from runner.supervisor.savelog import SaveLog, stored_saves
 from runner.supervisor.trainer import Trainer
 from runner.supervisor.upkeep import policy_of
+from runner.supervisor.validator import validator_of
 from runner.supervisor.vitals import Vitals
 
 log = logging.getLogger(__name__)
@@ -99,6 +101,7 @@ class Supervisor:
             policy_of(job.checkpoint.keep),
             lambda: self._provenance,
             compresses=job.checkpoint.compression is not None,
+            validates=job.checkpoint.validation is not None,
         )
         self._keeper = Keeper(
             self._rank,
@@ -118,6 +121,7 @@ class Supervisor:
             Forecaster(policy.grace_seconds, chooses_interval=job.checkpoint.every is None),
             self._outputs(store) if is_s3(store.url) else None,
         )
+        self._validator = validator_of(job, self._files.validation, persister, self._events.put)
         self._monitor = Monitor(assignment, store.url, Sight(lambda: self._clerk.board, ledger))
         self._store = store
         self._state, self._actions = machine.begin(policy)
@@ -169,6 +173,8 @@ class Supervisor:
         tidying = threading.Thread(target=self._remove_abandoned, name="abandoned", daemon=True)
         tidying.start()
         self._clerk.start()
+        if self._validator is not None:
+            self._validator.start()
         try:
             self._clouds.start()
             self._perform(self._actions)
@@ -179,6 +185,8 @@ class Supervisor:
             self._end_trainer()
             fenced = self._state.phase is machine.Phase.FENCED
             saved = self._clerk.finish(self._seconds_left(), fenced=fenced)
+            if self._validator is not None:
+                self._validator.finish(self._is_left_alone)
             observer.stop()
             tidying.join(_TIDYING_SECONDS)
             self._points.finish()
@@ -211,7 +219,8 @@ class Supervisor:
         now = time.monotonic()
         if not self._clerk.is_alive():
             raise RunnerError("nothing can be saved any more, see above: start the run again")
-        reap_orphans(self._trainer.pids)
+        validating = () if self._validator is None else self._validator.pids
+        reap_orphans([*self._trainer.pids, *validating])
         if (self._spool.path / "stop").exists():
             (self._spool.path / "stop").unlink(missing_ok=True)
             return events.StopAsked(now)
@@ -314,6 +323,8 @@ class Supervisor:
             self._last_saved_at = max(event.at, self._last_saved_at or event.at)
         if self._state.phase is not before.phase:
             self._publish()
+        if self._validator is not None:
+            self._validator.heard(event, self._state)
         self._monitor.heard(event, before, self._state)
         self._perform(actions)
 
@@ -439,6 +450,17 @@ class Supervisor:
             self._spool.publish_status(status)
         except SpoolError as error:  # memory is full, of slots for example: they come first
             log.debug("no status: %s", error)
+
+    def _is_left_alone(self) -> bool:
+        """Whether the run has succeeded, and nobody wants this process gone since then."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                event = self._events.get_nowait()
+                self._monitor.heard(event, self._state, self._state)
+                if isinstance(event, events.Notice | events.Interrupt | events.StopAsked):
+                    return False
+        asked = (self._spool.path / "stop").exists()
+        return self._state.phase is machine.Phase.SUCCEEDED and not asked
 
     def _seconds_left(self) -> float:
         deadline = self._state.deadline

@@ -18,6 +18,7 @@ SAVE_PHASES = ("snapshot", "persist", "upload", "commit", "total")
 NO_TRIGGER = "none"  # of a save that nothing asked for: what a dead trainer has left
 FAILURES = ("denied", "unfit", "refused", "local", "invalid")
 CORRUPTIONS = ("manifest", "content")
+VALIDATIONS = ("valid", "invalid", "unknown")
 DELETIONS = ("superseded", "unfinished")
 RESTORE_PHASES = ("fetch", "load", "total")
 SOURCES = ("SIGTERM", "aws", "gcp", "azure")
@@ -65,6 +66,9 @@ METRICS = (
                "Checkpoints that did not match their manifest and went into quarantine.",
                ("store",), ((STORE,),)),
     Definition("runner_checkpoints", "gauge", "Checkpoints that are kept.", ("store",)),
+    Definition("runner_checkpoint_validations_total", "counter",
+               "Checkpoints that were loaded and tried, by what came of it.",
+               ("result",), _each(*VALIDATIONS)),
     Definition("runner_retention_deleted_total", "counter",
                "Checkpoints that were deleted, and remains of saves.", ("store", "reason"),
                tuple((STORE, reason) for reason in DELETIONS)),

@@ -21,7 +21,7 @@ from runner.checkpoint.attempts import Ledger, utc_now
 from runner.supervisor import metrics
 from runner.supervisor.assignment import Assignment
 from runner.supervisor.endpoint import Endpoint, Pulse, Sources
-from runner.supervisor.events import Event
+from runner.supervisor.events import Event, Validated
 from runner.supervisor.state import Phase, State
 
 log = logging.getLogger(__name__)
@@ -72,6 +72,8 @@ class Monitor:
     def heard(self, event: Event, before: State, after: State) -> None:
         """Something has happened, and this is what the machine made of it."""
         self._state = after
+        if isinstance(event, Validated):
+            self._tally.add("runner_checkpoint_validations_total", 1, (event.result,))
 
     def leaving(self) -> None:
         """The loop is over."""

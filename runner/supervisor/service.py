@@ -27,6 +27,7 @@ from runner.supervisor.preflight import (
     s3_options,
     store_of,
 )
+from runner.supervisor.trial import check_entrypoint
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +75,8 @@ def supervise(job: Job, wishes: Wishes) -> int:
         return FINISHED
     run_id, ledger = found.run_id, Ledger(store, found.run_id, new_owner())
     check_writable(job, store)
+    if not _has_validated_so(known, job):
+        check_entrypoint(job)
     spool = Spool(spool_path(run_id, store.url, os.environ.get(index.SPOOL_ROOT_VARIABLE)))
     try:
         spool.open()
@@ -122,6 +125,15 @@ def _look(
         log.info("run %s is finished; --new starts another one", run_id)
         return known, None
     return known, Assignment(job, run_id, begin_at, origin)
+
+
+def _has_validated_so(known: dict[str, Any] | None, job: Job) -> bool:
+    """Whether the run has this entry point already: then it was looked at, and a start is fast."""
+    try:
+        before = (known or {})["job"]["checkpoint"]["validate"]
+    except (KeyError, TypeError):
+        return False
+    return bool(before == job_as_submitted(job)["checkpoint"].get("validate"))
 
 
 def _write_run(ledger: Ledger, known: dict[str, Any] | None, job: Job, wishes: Wishes) -> None:

@@ -13,7 +13,7 @@ import os
 import secrets
 import shutil
 import socket
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +24,14 @@ from runner import job
 from runner.checkpoint.attempts import utc_now
 from runner.checkpoint.format import MANIFEST_FILE, CheckpointName
 from runner.checkpoint.manifest import FileEntry, Manifest, Moment, plain_entry
-from runner.checkpoint.retention import Keep, delete_checkpoint, pins, superfluous
+from runner.checkpoint.retention import (
+    Keep,
+    counted_apart,
+    delete_checkpoint,
+    pins,
+    superfluous,
+)
+from runner.checkpoint.validation import Verdict
 from runner.errors import CheckpointCorrupt, NotFound, UnknownName, UsageError
 from runner.supervisor.lookup import KnownRun
 from runner.supervisor.verification import verified_parts
@@ -58,7 +65,11 @@ def policy_of(keep: job.Keep) -> Keep:
 
 
 def reasons(
-    moments: Sequence[Moment], keep: Keep, pinned: Collection[str], restored: str | None
+    moments: Sequence[Moment],
+    keep: Keep,
+    pinned: Collection[str],
+    restored: str | None,
+    verdicts: Mapping[str, Verdict] | None = None,
 ) -> dict[str, tuple[str, ...]]:
     """Why each checkpoint stays; those that go are not among them.
 
@@ -75,6 +86,7 @@ def reasons(
         "milestone": superfluous(later, replace(keep, last=0, best_metric=None)),
         "pinned": superfluous(later, none, pinned),
         "restored from": superfluous(later, none, restored_from),
+        "validated": superfluous(later, none, (), verdicts),
     }
     why: dict[str, tuple[str, ...]] = {}
     for moment in moments:
@@ -101,8 +113,12 @@ def plan(run: KnownRun) -> list[Fate]:
     restored = None if latest is None else latest.resumed_from
     pinned, keep = pins(run.store, run.run_id), _keep(run)
     protected = {*pinned, *([restored] if restored else [])}
-    going = {str(moment.name) for moment in superfluous(moments, keep, protected)}
-    why = reasons(moments, keep, pinned, restored)
+    verdicts = _verdicts(run, manifests)
+    going: set[str] = set()
+    why: dict[str, tuple[str, ...]] = {}
+    for group in counted_apart(moments, run.ledger.look_for_gone_back(), verdicts):
+        going |= {str(m.name) for m in superfluous(group, keep, protected, verdicts)}
+        why |= reasons(group, keep, pinned, restored, verdicts)
     fates = [
         Fate(
             name,
@@ -201,6 +217,17 @@ def _unpack(run: KnownRun, manifest: Manifest, file: FileEntry, target: Path) ->
         memory = memoryview(mmap.mmap(copy.fileno(), file.content_size))
     run.archive.load_file(manifest, file, memory)
     return plain_entry(target.name, memory)
+
+
+def _verdicts(run: KnownRun, names: Iterable[str]) -> dict[str, Verdict]:
+    """How they were validated, if the job wants that: else it says nothing of what is kept."""
+    document = run.ledger.run() or {}
+    try:
+        validates = document["job"]["checkpoint"].get("validate") is not None
+    except (KeyError, TypeError, AttributeError):
+        validates = False
+    found = {name: run.archive.validation(name) for name in names if validates}
+    return {name: one.verdict for name, one in found.items() if one is not None}
 
 
 def _keep(run: KnownRun) -> Keep:

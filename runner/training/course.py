@@ -26,7 +26,8 @@ from runner.training.health import Health
 from runner.training.metrics import Metrics
 from runner.training.preempted import Preempted
 from runner.training.rhythm import SaveRhythm, SnapshotRhythm
-from runner.training.session import SavedState, Session
+from runner.training.saved import SavedState
+from runner.training.session import Session
 from runner.training.streams import Streams
 from runner.training.tensors import TensorSource
 from runner.training.tree import Decoder, first_difference

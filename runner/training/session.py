@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import json
 import logging
 import os
 import platform
@@ -20,21 +19,20 @@ from typing import IO, Any
 import torch
 
 from runner.board import Board, Request, Why
-from runner.checkpoint import format as fmt
-from runner.checkpoint.format import FileImage
 from runner.checkpoint.keeper import read_restore
-from runner.checkpoint.manifest import Moment, moment_from_json
-from runner.errors import RestoreError, SpoolError, SpoolFull
+from runner.checkpoint.manifest import Moment
+from runner.errors import RestoreError, SpoolFull
 from runner.exitcodes import PREEMPTED
 from runner.plan import Plan
 from runner.points import Point, PointWriter
-from runner.spool import Marker, RankSpool, Weights, open_slot, read_json
+from runner.spool import Marker, RankSpool, Weights, read_json
 from runner.training.lifeline import Lifeline
 from runner.training.overlap import Overlap, engine_for_this_machine
 from runner.training.preempted import Preempted
+from runner.training.saved import SavedState, open_saved
 from runner.training.slots import SlotMemory
 from runner.training.snapshot import SnapshotWriter
-from runner.training.tensors import TensorSink, TensorSource
+from runner.training.tensors import TensorSink
 
 log = logging.getLogger(__name__)
 
@@ -50,19 +48,6 @@ class Asked:
     number: int
     kind: Request
     why: Why
-
-
-@dataclass(frozen=True)
-class SavedState:
-    """A checkpoint as it lies in memory: where it was taken, its tree, its tensors.
-
-    `components` names those that a new run begins with; empty where the whole run goes on.
-    """
-
-    moment: Moment
-    document: Mapping[str, Any]
-    source: TensorSource
-    components: list[str]
 
 
 class Session:
@@ -180,7 +165,7 @@ class Session:
         marker = read_restore(self.rank)
         if marker is None:
             return None
-        return _open(self.rank.slot_path(marker.slot), marker)
+        return open_saved(self.rank.slot_path(marker.slot), marker)
 
     def restored(self) -> None:
         """The state is in place: the slot that it came from may be used again."""
@@ -200,7 +185,7 @@ class Session:
         if "error" in reply:
             raise RestoreError(f"checkpoint {which!r}: {reply['error']}")
         del reply["number"]
-        return _open(self.rank.folder / "fetched", Marker(**reply))
+        return open_saved(self.rank.folder / "fetched", Marker(**reply))
 
     def _must_have_supervisor(self, what: str) -> None:
         if self._deserted:
@@ -242,23 +227,6 @@ class Session:
         if not self.rank.claimed():
             raise Preempted(Why.PREEMPTION.trigger)
         self.rank.recover_claims()
-
-
-def _open(path: Path, marker: Marker) -> SavedState:
-    """Map a checkpoint and read its tree."""
-    try:
-        images = [FileImage(i["name"], i["offset"], i["size"]) for i in marker.images]
-        memory = memoryview(open_slot(path, 0))
-        fmt.check_images(images, len(memory), path.name)
-        state = next(image for image in images if image.name == fmt.STATE_FILE)
-        document = json.loads(bytes(memory[state.offset : state.offset + state.size]))
-        moment = moment_from_json(marker.moment)
-    except (KeyError, TypeError, ValueError, OSError) as error:
-        raise SpoolError(f"{path} cannot be restored from: {error}") from error
-    if document.get("version") != 1:
-        raise RestoreError(f"state.json has version {document.get('version')!r}, not 1")
-    components = list(marker.facts.get("components", ()))
-    return SavedState(moment, document, TensorSource(memory, images), components)
 
 
 def trainer_facts() -> dict[str, Any]:

@@ -134,7 +134,7 @@ def torn_snapshots(training: Training, run: Any, device: torch.device) -> int:
     """
     from runner.training.overlap import CudaEngine
     from runner.training.rhythm import SnapshotRhythm
-    from runner.training.session import _open
+    from runner.training.saved import open_saved
 
     course = run._course
     course._rhythm = SnapshotRhythm(1)
@@ -157,7 +157,7 @@ def torn_snapshots(training: Training, run: Any, device: torch.device) -> int:
         complete = course.session.rank.complete()
         if complete:
             marker = complete[-1]
-            saved = _open(course.session.rank.slot_path(marker.slot), marker)
+            saved = open_saved(course.session.rank.slot_path(marker.slot), marker)
             parts = saved.document["components"]
             model = [saved.source.view(r) for r in parts["model"]["state"].values()]
             masters = [saved.source.view(r) for r in parts["masters"]["state"].values()]
@@ -214,13 +214,13 @@ def restored_exactly(
 ) -> bool:
     """Whether the newest snapshot, put into new objects, has the very bytes of the old ones."""
     from runner.training.capture import TrainingState
-    from runner.training.session import _open
+    from runner.training.saved import open_saved
 
     course = run._course
     course._snapshot(set(), beside=False)
     wanted = training.digest()
     marker = course.session.rank.complete()[-1]
-    saved = _open(course.session.rank.slot_path(marker.slot), marker)
+    saved = open_saved(course.session.rank.slot_path(marker.slot), marker)
     fresh = Training(options.gigabytes, device, options.rows)
     parts = {"model": fresh.model, "masters": fresh.masters, "optimizer": fresh.optimizer}
     TrainingState(parts, {}).restore(saved.document, saved.source, final=True)

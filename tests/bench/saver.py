@@ -238,7 +238,7 @@ def _note_end(finish: Callable[[], None], begun: float, durable: list[float]) ->
 def restore(run: Any, megabytes: float, folder: Path) -> list[dict[str, float]]:
     """Ours from the newest slot against torch.load(mmap=True), each into a fresh model."""
     from runner.training.capture import TrainingState
-    from runner.training.session import _open
+    from runner.training.saved import open_saved
 
     session = run._course.session
     results = []
@@ -254,7 +254,7 @@ def restore(run: Any, megabytes: float, folder: Path) -> list[dict[str, float]]:
         model, optimizer = build(megabytes)
         fresh = TrainingState({"model": model, "optimizer": optimizer}, {})
         begun = time.perf_counter()
-        saved = _open(session.rank.slot_path(marker.slot), marker)
+        saved = open_saved(session.rank.slot_path(marker.slot), marker)
         fresh.restore(saved.document, saved.source, final=True)
         ours = time.perf_counter() - begun
         del fresh, saved

@@ -1,0 +1,79 @@
+"""Whole runs whose checkpoints are tried while they train."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable
+
+from nodes import PROGRAMS, Node
+from waiting import wait_until
+
+VALIDATE = {"entrypoint": "judges:val_loss"}
+
+
+def checkpoints(node: Node) -> list[dict[str, object]]:
+    rows: list[dict[str, object]] = node.call(
+        *("checkpoints", "ls", "job", "--store", str(node.store_folder), "-o", "json")
+    ).json
+    return rows
+
+
+def test_a_run_ends_with_a_checkpoint_that_was_proven(node: Node) -> None:
+    job = node.training(
+        workdir=str(PROGRAMS), checkpoint={"every": {"epochs": 1}, "validate": VALIDATE}
+    )
+    run = node.start("run", job)
+
+    assert run.wait() == 0
+
+    newest, *_ = checkpoints(node)
+    assert newest["validated"] == "valid"
+    validation = newest["validation"]
+    assert isinstance(validation, dict)
+    assert validation["compared"]["val_loss"]["logged"] == newest["metrics"]["val_loss"]  # type: ignore[index]
+    assert f"runner: {newest['name']} is valid" in run.err
+    shown = node.call("checkpoints", "show", "job", "--store", str(node.store_folder))
+    assert "validation           valid" in shown.out
+
+
+def test_what_was_found_invalid_is_not_begun_from(
+    node: Node, new_node: Callable[[str], Node]
+) -> None:
+    """And a preemption does not wait for what is being validated."""
+    befalls = {"1": {"4": "save", "8": "save", "10": "wait"}}
+    job = node.training(
+        workdir=str(PROGRAMS),
+        params={"befalls": befalls},
+        checkpoint={"validate": VALIDATE, "every": {"minutes": 600}},
+    )
+    run = node.start("run", job)
+    run.wait_for("step 10")
+    wait_until(lambda: len(node.manifests()) == 2, 30, "two checkpoints")
+
+    run.send_signal(signal.SIGTERM)
+    node.gate.touch()
+
+    assert run.wait() == 75
+    newest, before, *_ = node.manifests()
+    verdict = {"verdict": "invalid", "reason": "val_loss is nan", "metrics": {}, "compared": {}}
+    facts = {"entrypoint": "", "seconds": 1.0, "validated_at": "", "host": ""}
+    (node.checkpoint(newest) / "validation.json").write_text(json.dumps(verdict | facts))
+
+    assert node.run("run", job).code == 0
+
+    assert node.records()[1].resumed_from == before.name
+    rows = {row["name"]: row["validated"] for row in checkpoints(node)}
+    assert rows[newest.name] == "invalid"  # counted apart, and not put away
+
+
+def test_a_run_is_not_begun_with_an_entry_point_that_is_not_there(node: Node) -> None:
+    validate = {"entrypoint": "judges:val_los"}
+    job = node.training(workdir=str(PROGRAMS), checkpoint={"validate": validate})
+
+    called = node.run("run", job)
+
+    assert called.code == 2
+    assert "checkpoint.validate.entrypoint: module judges has no 'val_los'" in called.err
+    assert "did you mean 'val_loss'?" in called.err
+    assert not (node.store_folder / "job").exists()
