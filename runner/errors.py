@@ -18,6 +18,8 @@
     ├── SpoolError                the spool is not usable
     │   ├── SpoolFull             no memory for a slot
     │   └── SpoolTaken            another process of the attempt has attached already
+    ├── EngineError               the container engine refuses
+    │   └── EngineGone            it does not answer
     ├── MetadataError             a cloud's metadata service is absent, or not understood
     ├── Abandoned                 a save that gave way to a newer one
     └── Fenced                    a newer attempt has the run: exit code 76
@@ -140,6 +142,21 @@ class SpoolFull(SpoolError):
 
 class SpoolTaken(SpoolError):
     """Another process of the same attempt has attached already."""
+
+
+class EngineError(RunnerError):
+    """The container engine refuses what it is asked for.
+
+    `status` is that of its answer, 0 if there was none.
+    """
+
+    def __init__(self, action: str, reason: str, status: int = 0) -> None:
+        self.action, self.reason, self.status = action, reason, status
+        super().__init__(f"the container engine cannot {action}: {reason}")
+
+
+class EngineGone(EngineError):
+    """The container engine does not answer; it may come back."""
 
 
 class MetadataError(RunnerError):

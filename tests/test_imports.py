@@ -134,6 +134,8 @@ PLACES = {
     "botocore": {"store"},
     "prometheus_client": {"supervisor"},
     "typer": {"cli"},
+    "docker": {"launch"},
+    "requests": {"launch"},
 }
 
 
@@ -181,7 +183,9 @@ def modules_after(statements: str) -> set[str]:
     return set(subprocess.check_output([sys.executable, "-c", program], text=True).split())
 
 
-HEAVY = {"torch", "numpy", "boto3"}
+HEAVY = {"torch", "numpy", "boto3", "docker"}
+SUPERVISORS = {"boto3", "docker", "prometheus_client", "psutil", "pydantic", "requests", "rich",
+               "safetensors", "typer", "watchdog", "yaml"}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -201,3 +205,17 @@ def test_a_training_script_loads_torch_and_no_cloud() -> None:
 
     assert "runner.training.run" in loaded
     assert loaded & HEAVY == {"torch", "numpy"}
+    assert loaded & SUPERVISORS == set(), "the package without its extras has none of them"
+
+
+@pytest.mark.parametrize("library", ["typer", "pydantic"])
+def test_a_command_without_its_libraries_says_what_to_install(library: str) -> None:
+    program = f"import sys; sys.modules[{library!r}] = None; from runner.cli import main; main()"
+
+    done = subprocess.run(
+        [sys.executable, "-c", program, "submit", "job.yaml"], capture_output=True, text=True
+    )
+
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"runner: {library} is not installed")
+    assert "pip install 'runner[supervisor]'" in done.stderr

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import signal
+import sys
 from types import FrameType
 
-from runner.exitcodes import INTERRUPTED, PREEMPTED
+from runner.exitcodes import INTERRUPTED, PREEMPTED, USAGE
 
 _CODES = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: PREEMPTED}
+_SUPERVISORS_LIBRARIES = ("typer", "click", "pydantic", "yaml", "watchdog", "rich", "boto3")
 _TOO_EARLY = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGRTMIN)  # nothing runs that could save
 
 
@@ -24,9 +26,18 @@ def main() -> None:
     for signum in _TOO_EARLY:
         if signal.getsignal(signum) is signal.SIG_DFL:
             signal.signal(signum, _pass_over)  # a handler: being ignored would be inherited
-    from runner.cli.app import main as run
+    try:
+        from runner.cli.app import main as run
 
-    run()
+        run()
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in _SUPERVISORS_LIBRARIES:
+            raise
+        sys.stderr.write(
+            f"runner: {error.name} is not installed: the command needs more than a training script "
+            "does; pip install 'runner[supervisor]'\n"
+        )
+        sys.exit(USAGE)
 
 
 def _end(signum: int, frame: FrameType | None) -> None:

@@ -1,0 +1,222 @@
+"""A container engine as it is spoken to: Docker's, or Podman's compatible socket.
+
+Thin over the `docker` SDK's client for the Engine API, whose errors become ours. The engine must be
+this machine's, since the spool is shared by mounting it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from runner.errors import EngineError, EngineGone, UsageError
+
+DEFAULT_SOCKET = "unix:///var/run/docker.sock"
+_TIMEOUT_SECONDS = 20.0
+_LONGEST_LOG_LINES = 10_000
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a container has ended: its exit code, and whether the kernel killed for want of memory."""
+
+    code: int
+    out_of_memory: bool
+
+
+class Engine:
+    """One connection, used from one thread at a time. All methods raise EngineError."""
+
+    def __init__(self, client: Any, sdk: ModuleType, address: str) -> None:
+        self._client, self._sdk, self.address = client, sdk, address
+
+    @classmethod
+    def connect(cls, environment: Mapping[str, str] = os.environ) -> Engine:
+        """Reach the engine that `DOCKER_HOST` names, or Docker's own socket.
+
+        UsageError if there is none, it is another machine's, or this user may not use it.
+        """
+        sdk = _sdk()
+        address = environment.get("DOCKER_HOST") or DEFAULT_SOCKET
+        socket = _socket_of(address)
+        try:
+            client = sdk.APIClient(
+                base_url=f"unix://{socket}", version="auto", timeout=_TIMEOUT_SECONDS
+            )
+        except sdk.errors.DockerException as error:
+            raise UsageError(
+                f"no container engine answers at {address}: {_first_line(error)}; start it, or "
+                "name another in DOCKER_HOST"
+            ) from error
+        return cls(client, sdk, address)
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """What the engine says of itself and of its machine."""
+        with self._translated("be asked about itself"):
+            return dict(self._client.info())
+
+    @cached_property
+    def is_podman(self) -> bool:
+        with self._translated("be asked for its version"):
+            components = self._client.version(api_version=False).get("Components") or []
+        return any("podman" in str(part.get("Name", "")).lower() for part in components)
+
+    @property
+    def is_rootless(self) -> bool:
+        """Whether root in its containers is an ordinary user here."""
+        return self._has_option("rootless")
+
+    @property
+    def remaps_users(self) -> bool:
+        """Whether users in its containers are other users here, unless it is told otherwise."""
+        return self._has_option("userns")
+
+    def _has_option(self, name: str) -> bool:
+        options = self.facts.get("SecurityOptions") or []
+        return any(f"name={name}" in str(option).split(",") for option in options)
+
+    # ------------------------------------------------------------------ images
+
+    def image(self, name: str) -> dict[str, Any] | None:
+        """What the engine has of an image; None if it has none of that name."""
+        with self._translated(f"look for the image {name}"):
+            try:
+                return dict(self._client.inspect_image(name))
+            except self._sdk.errors.NotFound:
+                return None
+
+    def pull(self, name: str) -> Iterator[dict[str, Any]]:
+        """Fetch an image, with the credentials of Docker's own configuration: what it tells.
+
+        A message with `error` is the last one.
+        """
+        whole, _, digest = name.partition("@")
+        repository, tag = self._sdk.utils.parse_repository_tag(whole)
+        wanted = {"tag": digest or tag or "latest"}
+        with self._translated(f"pull {name}"):
+            try:
+                yield from self._client.pull(repository, **wanted, stream=True, decode=True)
+            except self._sdk.errors.APIError as error:
+                yield {"error": _explanation(error)}
+
+    # ------------------------------------------------------------------ containers
+
+    def create(self, name: str, request: Mapping[str, Any]) -> str:
+        """Make a container of a request to `POST /containers/create`; its id."""
+        with self._translated("make the container"):
+            made = self._client.create_container_from_config(dict(request), name)
+        return str(made["Id"])
+
+    def start(self, container: str) -> None:
+        with self._translated("start the container"):
+            self._client.start(container)
+
+    def state(self, container: str) -> dict[str, Any]:
+        """The state of a container; empty if it is gone."""
+        with self._translated("look at the container"):
+            try:
+                return dict(self._client.inspect_container(container)["State"])
+            except self._sdk.errors.NotFound:
+                return {}
+
+    def wait(self, container: str, timeout_seconds: float) -> int:
+        """Wait for its end; the exit code."""
+        with self._translated("wait for the container"):
+            return int(self._client.wait(container, timeout=timeout_seconds)["StatusCode"])
+
+    def kill(self, container: str, signum: int) -> None:
+        """Signal the first process; nothing happens if it has ended."""
+        with self._translated("signal the container"):
+            try:
+                self._client.kill(container, str(int(signum)))
+            except self._sdk.errors.APIError as error:
+                if error.status_code not in (404, 409):
+                    raise
+
+    def output(self, container: str, *, stdout: bool, stderr: bool) -> bytes:
+        """What a container has printed past the pipes it was given."""
+        with self._translated("read the container's log"):
+            return bytes(
+                self._client.logs(container, stdout=stdout, stderr=stderr, tail=_LONGEST_LOG_LINES)
+            )
+
+    def remove(self, container: str) -> None:
+        """Remove a container, whether it runs or not; nothing happens if it is gone."""
+        with self._translated("remove the container"):
+            try:
+                self._client.remove_container(container, force=True, v=True)
+            except self._sdk.errors.NotFound:
+                pass
+
+    def labelled(self, label: str, value: str) -> list[str]:
+        """The ids of all containers with this label, those that have ended too."""
+        with self._translated("list containers"):
+            filters = {"label": [f"{label}={value}"]}
+            found = self._client.containers(all=True, filters=filters)
+        return [str(one["Id"]) for one in found]
+
+    def close(self) -> None:
+        self._client.close()
+
+    @contextlib.contextmanager
+    def _translated(self, action: str) -> Iterator[None]:
+        from requests.exceptions import RequestException
+
+        try:
+            yield
+        except self._sdk.errors.APIError as error:
+            raise EngineError(action, _explanation(error), error.status_code) from error
+        except (RequestException, self._sdk.errors.DockerException, OSError) as error:
+            raise EngineGone(action, f"it does not answer at {self.address}") from error
+
+
+def _sdk() -> ModuleType:
+    """The `docker` SDK. A folder of that name in the workdir passes for a package, so look inside.
+
+    UsageError if it is not installed.
+    """
+    try:
+        import docker
+    except ImportError:
+        docker = None
+    if docker is None or not hasattr(docker, "APIClient"):
+        raise UsageError("launcher: docker needs the docker SDK: pip install 'runner[docker]'")
+    return docker
+
+
+def _socket_of(address: str) -> Path:
+    """The file of the socket. UsageError if there is none that can be used."""
+    scheme, _, path = address.partition("://")
+    if scheme not in ("unix", "http+unix"):
+        raise UsageError(
+            f"DOCKER_HOST is {address}: the trainer shares memory with its supervisor, so the "
+            "engine must be this machine's (unix://...)"
+        )
+    socket = Path("/", path)
+    if not socket.exists():
+        raise UsageError(
+            f"no container engine: there is no socket {socket}; install and start Docker or "
+            "Podman, or name its socket in DOCKER_HOST"
+        )
+    if not os.access(socket, os.R_OK | os.W_OK):
+        raise UsageError(
+            f"no permission for the container engine's socket {socket}; run as a member of the "
+            "group that owns it (docker), or use a rootless engine"
+        )
+    return socket
+
+
+def _explanation(error: Any) -> str:
+    return _first_line(getattr(error, "explanation", None) or error)
+
+
+def _first_line(error: object) -> str:
+    text = error.decode(errors="replace") if isinstance(error, bytes) else str(error)
+    return (text.strip().splitlines() or ["no reason given"])[0][:500]
