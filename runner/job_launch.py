@@ -21,10 +21,13 @@ from runner.job_model import Job
 def resolved_command(job: Job) -> list[str]:
     """The command with its program as an absolute path; `python` is the one that runs `runner`.
 
-    A name with a slash is relative to the workdir, any other is searched in the PATH that the
-    trainer will have. Raises JobError naming a program that is not there.
+    In a container, the command as it is. A name with a slash is relative to the workdir, any other
+    is searched in the PATH that the trainer will have. Raises JobError naming a program that is not
+    there.
     """
     word, *rest = job.command
+    if job.launcher != "process":
+        return list(job.command)  # its program is the image's
     if word in ("python", "python3"):
         return [sys.executable, *rest]
     if "/" in word:
@@ -53,7 +56,8 @@ def check_launchable(job: Job) -> None:
     """Raise JobError if the trainer could not even start here; nothing is started or imported.
 
     Checked are the workdir, the program, the script or module that Python is given (a module by
-    its top-level name alone), and that `import runner` will find this package.
+    its top-level name alone), and that `import runner` will find this package. For a container,
+    only what is on this machine.
     """
     if problem := workdir_problem(job.workdir):
         raise JobError(f"workdir: {problem}")
@@ -63,9 +67,13 @@ def check_launchable(job: Job) -> None:
     except JobError as error:
         problems += error.problems
     kind, target = _python_target(job.command)
-    if kind == "script" and not _holds(Path.exists, job.workdir / target):
+    in_image = job.launcher != "process"
+    if in_image:
+        problems += _missing_mounts(job)
+    is_elsewhere = in_image and target.startswith("/")
+    if kind == "script" and not is_elsewhere and not _holds(Path.exists, job.workdir / target):
         problems.append(f"command: there is no script {target!r} in {job.workdir}")
-    if kind == "module" and not _is_importable(job, target.partition(".")[0]):
+    if kind == "module" and not in_image and not _is_importable(job, target.partition(".")[0]):
         problems.append(f"command: there is no module {target!r} in {job.workdir} or installed")
     if shadow := shadowing_file(job):
         problems.append(
@@ -73,6 +81,14 @@ def check_launchable(job: Job) -> None:
         )
     if problems:
         raise JobError(*problems)
+
+
+def _missing_mounts(job: Job) -> list[str]:
+    return [
+        f"mounts[{number}].source: there is nothing at {job.workdir / mount.source}"
+        for number, mount in enumerate(job.mounts)
+        if not _holds(Path.exists, job.workdir / mount.source)
+    ]
 
 
 def shadowing_file(job: Job) -> Path | None:
@@ -100,7 +116,8 @@ def import_folders(job: Job) -> list[str]:
     # Python follows links to the script before it takes its folder.
     folders = [Path(os.path.realpath(job.workdir / s)).parent for s in scripts] or [job.workdir]
     python_path = job.env.get("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
-    folders += [job.workdir / entry for entry in python_path.split(os.pathsep) if python_path]
+    if job.launcher == "process":  # elsewhere, these are folders of another machine
+        folders += [job.workdir / entry for entry in python_path.split(os.pathsep) if python_path]
     return [str(folder) for folder in folders]
 
 

@@ -84,6 +84,11 @@ def slots_that_fit(wanted: int, slot_bytes: int, available: int, held: int = 0) 
     return min(wanted, room // max(1, slot_bytes))
 
 
+def physical_memory() -> int:
+    """What this machine has, in bytes."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def limited_memory(root: Path = _CGROUP_ROOT, membership: Path = _MEMBERSHIP) -> Memory | None:
     """The memory of the innermost cgroup of this process that has a limit; None without one.
 

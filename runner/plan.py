@@ -38,6 +38,7 @@ class Plan:
     supervisor gives the interval, on the board. `snapshot_steps` None is to
     find out.
     `disk` is where a slot goes that memory is too short for; with 0 slots there is only that one.
+    In a container, `disk_here` is where that folder is mounted.
     `hold_at_step` makes the trainer wait at the first boundary with at least this step until it is
     asked for something: how a simulated node hits a run at an exact place.
     """
@@ -46,6 +47,7 @@ class Plan:
     attempt: int
     output_dir: str
     disk: str = ""
+    disk_here: str = ""
     every: Interval = Interval()
     weights_every: Interval = Interval()
     every_auto: bool = False

@@ -4,6 +4,7 @@
       lock                       held by the supervisor for as long as it lives
       plan.json                  what the trainer needs to know of the job
       stop                       put there by `runner stop`
+      stdout, stderr             pipes for what a trainer in a container prints
       rank-00000/
         lock                     held by the trainer that attached
         board                    one mapped page: progress one way, requests the other
@@ -43,6 +44,8 @@ from runner.board import Board, blank_board
 from runner.errors import SpoolError, SpoolFull, SpoolTaken
 
 SPOOL_PREFIX = "runner-"
+Owner = tuple[int, int]
+"""A user and a group, by their numbers."""
 _MAX_JSON_BYTES = 64 << 20
 _LOCK_TRIES, _LOCK_SECONDS = 5, 0.01
 _SLOT_MARKER = re.compile(r"slot-([0-9])\.json")
@@ -77,25 +80,43 @@ class Marker:
 
 
 class RankSpool:
-    """The part of the spool that belongs to one rank. Both sides use it, each its own verbs."""
+    """The part of the spool that belongs to one rank. Both sides use it, each its own verbs.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    `owner` is whom all in it is to belong to, where that is another user than we are: a trainer in
+    a container. `disk_here` is how a trainer sees the folder into which slots on disk are linked,
+    where that has another name for it.
+    """
+
+    def __init__(
+        self, folder: Path, owner: Owner | None = None, disk_here: Path | None = None
+    ) -> None:
+        self.folder, self.owner, self._disk_here = folder, owner, disk_here
 
     def slot_path(self, slot: int) -> Path:
-        return self.folder / f"slot-{slot}"
+        path = self.folder / f"slot-{slot}"
+        if self._disk_here is not None and path.is_symlink():
+            return self._disk_here / path.readlink().name
+        return path
+
+    def open_slot(self, path: Path, nbytes: int) -> mmap.mmap:
+        """Map a slot for writing, as `open_slot` does; a new one belongs to the owner."""
+        memory = open_slot(path, nbytes)
+        if self.owner is not None:
+            os.chown(path, *self.owner)
+        return memory
 
     def put_on_disk(self, slot: int, disk: Path) -> bool:
         """Let a slot be a file in `disk`, where memory is too short for it. Its content is lost.
 
         False, and nothing is done, while the supervisor has it claimed.
         """
-        path = self.slot_path(slot)
+        path = self.folder / f"slot-{slot}"
         if path.is_symlink():
             return True
         if self.is_claimed(slot):
             return False
-        disk.mkdir(mode=0o700, parents=True, exist_ok=True)
+        (self._disk_here or disk).mkdir(mode=0o700, parents=True, exist_ok=True)
+        give_to(disk, self.owner)
         target = disk / f"{self.folder.parent.name}-{self.folder.name}-slot-{slot}"
         self.withdraw(slot)
         path.unlink(missing_ok=True)
@@ -121,7 +142,7 @@ class RankSpool:
 
     def publish(self, marker: Marker) -> None:
         """Hand a slot over: from now on it is complete."""
-        _replace(self.folder / f"slot-{marker.slot}.json", _dump(asdict(marker)))
+        self._put(f"slot-{marker.slot}.json", asdict(marker))
 
     def withdraw(self, slot: int) -> bool:
         """Take a slot's marker back before overwriting it; False if there was none to take."""
@@ -143,7 +164,7 @@ class RankSpool:
             (self.folder / name).unlink(missing_ok=True)
         path = self.folder / "board"
         # A new file: a process that still has the old one mapped writes into nothing.
-        _replace(path, blank_board())
+        _replace(path, blank_board(), self.owner)
         return Board(path)
 
     def complete(self) -> list[Marker]:
@@ -181,7 +202,7 @@ class RankSpool:
             return
         if marker.must != must:
             try:
-                _replace(claimed, _dump(asdict(marker) | {"must": must}))
+                self._put(claimed.name, asdict(marker) | {"must": must})
             except SpoolFull:
                 if marker.must:
                     self.drop(slot)
@@ -190,7 +211,7 @@ class RankSpool:
 
     def hold(self, marker: Marker) -> None:
         """Make a slot that the supervisor has filled complete, and claimed from the start."""
-        _replace(self.folder / f"slot-{marker.slot}.claimed.json", _dump(asdict(marker)))
+        self._put(f"slot-{marker.slot}.claimed.json", asdict(marker))
 
     def forget(self) -> None:
         """Give up every complete slot: what they hold is not to be continued from."""
@@ -218,7 +239,10 @@ class RankSpool:
 
     def send(self, name: str, content: Mapping[str, Any]) -> None:
         """Leave a message: a small JSON file that appears all at once."""
-        _replace(self.folder / name, _dump(content))
+        self._put(name, content)
+
+    def _put(self, name: str, content: Mapping[str, Any]) -> None:
+        _replace(self.folder / name, _dump(content), self.owner)
 
     def take(self, name: str) -> dict[str, Any] | None:
         """Read a message and remove it."""
@@ -229,15 +253,19 @@ class RankSpool:
 
 
 class Spool:
-    """The whole spool of one run on this node, as the supervisor has it."""
+    """The whole spool of one run on this node, as the supervisor has it.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    With an `owner`, the trainer is another user: the rank's part is given to that one, and the
+    folder around it stays ours.
+    """
+
+    def __init__(self, path: Path, owner: Owner | None = None) -> None:
+        self.path, self.owner = path, owner
         self._lock: IO[bytes] | None = None
 
     @property
     def rank(self) -> RankSpool:
-        return RankSpool(self.path / "rank-00000")
+        return RankSpool(self.path / "rank-00000", self.owner)
 
     def open(self) -> None:
         """Create it or take over what is there. SpoolTaken if a living supervisor has it."""
@@ -256,6 +284,7 @@ class Spool:
             if lock is not None and _is_at(lock, self.path / "lock"):
                 self._lock = lock
                 self.rank.folder.mkdir(mode=0o700, exist_ok=True)
+                give_to(self.rank.folder, self.owner)
                 return
             if lock is None and self.path.exists():
                 break
@@ -267,11 +296,12 @@ class Spool:
         status = self.path.lstat()
         if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
             raise SpoolError(f"{self.path} belongs to somebody else; set RUNNER_SPOOL_ROOT")
-        self.path.chmod(0o700)
+        # Who is not ours gets through to the files whose names are known: the rank's and the pipes.
+        self.path.chmod(0o700 if self.owner is None else 0o711)
 
     def write_plan(self, plan: Mapping[str, Any]) -> None:
         """Tell the trainer what it must know of the job."""
-        _replace(self.path / "plan.json", _dump(plan))
+        _replace(self.path / "plan.json", _dump(plan), self.owner)
 
     def publish_status(self, status: Mapping[str, Any]) -> None:
         """Show others on this machine what the supervisor is doing."""
@@ -394,11 +424,24 @@ def _dump(content: Mapping[str, Any]) -> bytes:
     return json.dumps(content, allow_nan=False).encode()
 
 
-def _replace(path: Path, content: bytes) -> None:
+def give_to(folder: Path, owner: Owner | None) -> None:
+    """Let a folder with all that is in it belong to somebody else. Links are not followed."""
+    if owner is None or not folder.exists():
+        return
+    os.chown(folder, *owner, follow_symlinks=False)
+    for parent, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            with contextlib.suppress(FileNotFoundError):
+                os.chown(Path(parent, name), *owner, follow_symlinks=False)
+
+
+def _replace(path: Path, content: bytes, owner: Owner | None = None) -> None:
     """Put a whole file in place at once. It lives no longer than the node: no fsync."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.write_bytes(content)
+        if owner is not None:
+            os.chown(temporary, *owner)
         temporary.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):

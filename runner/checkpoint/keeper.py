@@ -36,7 +36,7 @@ from runner.errors import (
     UsageError,
 )
 from runner.memory import available_bytes, slots_that_fit
-from runner.spool import Marker, RankSpool, open_slot, read_marker, view_slot
+from runner.spool import Marker, RankSpool, read_marker, view_slot
 
 log = logging.getLogger(__name__)
 
@@ -239,7 +239,7 @@ class Keeper:
             self._rank.put_on_disk(0, self._disk)
         elif not room:
             raise SpoolFull(f"there is no memory for a checkpoint of {nbytes / 1e6:.0f} MB")
-        return memoryview(open_slot(path, nbytes))
+        return memoryview(self._rank.open_slot(path, nbytes))
 
     def _hold(self, loaded: Loaded, facts: Mapping[str, Any]) -> tuple[Marker, Moment]:
         marker = marker_of(0, loaded, facts)
@@ -413,10 +413,13 @@ class Keeper:
     def _reply(self, request: Mapping[str, Any], reply: Mapping[str, Any]) -> None:
         self._rank.send("fetched.json", {"number": request.get("number"), **reply})
 
+    def _room_at(self, path: Path) -> Callable[[int], memoryview]:
+        return lambda nbytes: memoryview(self._rank.open_slot(path, nbytes))
+
     def _fetch(self, which: str) -> Mapping[str, Any]:
         manifest = self._find(self._archive, which)
         path = self._rank.folder / "fetched"
-        loaded = load(self._archive, manifest, lambda nbytes: memoryview(open_slot(path, nbytes)))
+        loaded = load(self._archive, manifest, self._room_at(path))
         if loaded is None:
             self._persister.look_again()
             raise NoValidCheckpoint(f"{manifest.name} is not sound and was put into quarantine")

@@ -22,6 +22,7 @@ from typing import IO, Any
 
 from runner.checkpoint.format import part_bytes_for
 from runner.errors import NotFound
+from runner.spool import give_to
 from runner.store import Content, Part, Store
 
 log = logging.getLogger(__name__)
@@ -41,11 +42,21 @@ class OutputFile:
 
 
 class Outputs:
-    """Keeps a folder's files, at most `max_bytes` of them, below a run in a store."""
+    """Keeps a folder's files, at most `max_bytes` of them, below a run in a store.
 
-    def __init__(self, store: Store, run_id: str, folder: Path, max_bytes: int) -> None:
+    What is brought back is given to `owner`, a user and a group, if it is not to be ours.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        run_id: str,
+        folder: Path,
+        max_bytes: int,
+        owner: tuple[int, int] | None = None,
+    ) -> None:
         self._store, self._run_id = store, run_id
-        self._folder, self._max_bytes = folder, max_bytes
+        self._folder, self._max_bytes, self._owner = folder, max_bytes, owner
         self._known: dict[str, OutputFile] | None = None
 
     def store_changed(self) -> list[str]:
@@ -87,6 +98,7 @@ class Outputs:
                 log.warning("output %s is not brought back: %s", path, error)
             else:
                 brought.append(path)
+        give_to(self._folder, self._owner)
         return brought
 
     # ------------------------------------------------------------------ here

@@ -7,10 +7,12 @@ those that are handed out are this machine's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
+
+from runner.memory import Memory
 
 
 @dataclass(frozen=True)
@@ -26,12 +28,16 @@ class Places:
 @dataclass(frozen=True)
 class Order:
     """What is to be started: an attempt, the `RUNNER_*` variables that the trainer is told, and
-    where it prints to, as descriptors of ours."""
+    where it prints to, as descriptors of ours.
+
+    `print_left` takes what comes another way than through those, by its descriptor (1 or 2).
+    """
 
     attempt: int
     own: Mapping[str, str]
     stdout: int
     stderr: int
+    print_left: Callable[[int, bytes], None]
 
 
 class Handle(Protocol):
@@ -66,6 +72,12 @@ class Handle(Protocol):
     def cpu_seconds(self) -> float:
         """What it has used of the CPU so far."""
 
+    def memory(self) -> Memory | None:
+        """What its cgroup uses; None where that has no limit."""
+
+    def killed_for_memory(self) -> bool | None:
+        """Whether it was killed for want of memory; None where the kernel's counts have to tell."""
+
     def kill_tree(self) -> list[int]:
         """Kill all of it and wait for the end, for some seconds; who is left then."""
 
@@ -79,6 +91,13 @@ class Launcher(Protocol):
     @property
     def places(self) -> Places:
         """The folders of the run, as the trainer sees them."""
+
+    @property
+    def pipes_in(self) -> Path | None:
+        """Where the pipes that it prints into have names; None if it inherits them."""
+
+    def provenance(self) -> dict[str, Any]:
+        """What it adds to where a checkpoint comes from."""
 
     def end_leftovers(self) -> list[str]:
         """End what a dead supervisor of this run has left here; what that was, in words.

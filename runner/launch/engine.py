@@ -7,9 +7,9 @@ this machine's, since the spool is shared by mounting it.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
@@ -18,16 +18,9 @@ from typing import Any
 from runner.errors import EngineError, EngineGone, UsageError
 
 DEFAULT_SOCKET = "unix:///var/run/docker.sock"
-_TIMEOUT_SECONDS = 20.0
+_ANSWER_SECONDS = 10.0
+_START_SECONDS = 120.0  # GPUs and large images take their time
 _LONGEST_LOG_LINES = 10_000
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How a container has ended: its exit code, and whether the kernel killed for want of memory."""
-
-    code: int
-    out_of_memory: bool
 
 
 class Engine:
@@ -47,7 +40,7 @@ class Engine:
         socket = _socket_of(address)
         try:
             client = sdk.APIClient(
-                base_url=f"unix://{socket}", version="auto", timeout=_TIMEOUT_SECONDS
+                base_url=f"unix://{socket}", version="auto", timeout=_ANSWER_SECONDS
             )
         except sdk.errors.DockerException as error:
             raise UsageError(
@@ -110,12 +103,12 @@ class Engine:
 
     def create(self, name: str, request: Mapping[str, Any]) -> str:
         """Make a container of a request to `POST /containers/create`; its id."""
-        with self._translated("make the container"):
+        with self._translated("make the container", _START_SECONDS):
             made = self._client.create_container_from_config(dict(request), name)
         return str(made["Id"])
 
     def start(self, container: str) -> None:
-        with self._translated("start the container"):
+        with self._translated("start the container", _START_SECONDS):
             self._client.start(container)
 
     def state(self, container: str) -> dict[str, Any]:
@@ -149,11 +142,9 @@ class Engine:
 
     def remove(self, container: str) -> None:
         """Remove a container, whether it runs or not; nothing happens if it is gone."""
-        with self._translated("remove the container"):
-            try:
-                self._client.remove_container(container, force=True, v=True)
-            except self._sdk.errors.NotFound:
-                pass
+        missing = contextlib.suppress(self._sdk.errors.NotFound)
+        with self._translated("remove the container"), missing:
+            self._client.remove_container(container, force=True, v=True)
 
     def labelled(self, label: str, value: str) -> list[str]:
         """The ids of all containers with this label, those that have ended too."""
@@ -166,9 +157,10 @@ class Engine:
         self._client.close()
 
     @contextlib.contextmanager
-    def _translated(self, action: str) -> Iterator[None]:
+    def _translated(self, action: str, timeout_seconds: float = _ANSWER_SECONDS) -> Iterator[None]:
         from requests.exceptions import RequestException
 
+        self._client.timeout = timeout_seconds
         try:
             yield
         except self._sdk.errors.APIError as error:
@@ -182,13 +174,11 @@ def _sdk() -> ModuleType:
 
     UsageError if it is not installed.
     """
-    try:
-        import docker
-    except ImportError:
-        docker = None
-    if docker is None or not hasattr(docker, "APIClient"):
-        raise UsageError("launcher: docker needs the docker SDK: pip install 'runner[docker]'")
-    return docker
+    with contextlib.suppress(ModuleNotFoundError):
+        sdk = importlib.import_module("docker")
+        if hasattr(sdk, "APIClient"):
+            return sdk
+    raise UsageError("launcher: docker needs the docker SDK: pip install 'runner[docker]'")
 
 
 def _socket_of(address: str) -> Path:

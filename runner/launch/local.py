@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from runner.job import Job, resolved_command
 from runner.launch.base import Order, Places
@@ -20,6 +21,13 @@ class ProcessLauncher:
         self._job, self._parent = job, parent
         self._groups: Path | None = own_group()
         self.places = places
+
+    @property
+    def pipes_in(self) -> None:
+        """It inherits its pipes."""
+
+    def provenance(self) -> dict[str, Any]:
+        return {}
 
     def end_leftovers(self) -> list[str]:
         left = end_leftovers(self.places.spool)

@@ -43,6 +43,7 @@ from runner.launch.process_tree import (
     read_table,
     send_to,
 )
+from runner.memory import Memory, limited_memory
 
 CREDENTIAL_VARIABLES = (
     # AWS: https://docs.aws.amazon.com/sdkref/latest/guide/environment-variables.html
@@ -308,6 +309,13 @@ class TrainerProcess:
     def cpu_seconds(self) -> float:
         """What the processes in its session have used of the CPU."""
         return session_seconds(self.pid)
+
+    def memory(self) -> Memory | None:
+        """Of the cgroup that we and the trainer are in, or the nearest above it with a limit."""
+        return limited_memory()
+
+    def killed_for_memory(self) -> None:
+        """The machine's own counts tell."""
 
     def kill_tree(
         self,

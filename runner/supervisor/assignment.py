@@ -13,10 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runner.checkpoint.keeper import Origin
-from runner.errors import UsageError
 from runner.job import Every, Job
-from runner.launch.base import Launcher, Places
-from runner.launch.local import ProcessLauncher
+from runner.launch.base import Places
 from runner.plan import BestMetric, Interval, Plan
 from runner.supervisor import machine, stacks
 
@@ -74,8 +72,8 @@ def policy_for(assignment: Assignment) -> machine.Policy:
     )
 
 
-def plan_for(assignment: Assignment, attempt: int, places: Places) -> Plan:
-    """What the trainer of an attempt must know."""
+def plan_for(assignment: Assignment, attempt: int, places: Places, files: LocalFiles) -> Plan:
+    """What the trainer of an attempt must know. `places` is where it sees the run's folders."""
     job = assignment.job
     checkpoint, best = job.checkpoint, job.checkpoint.keep.best
     every, snapshots = checkpoint.every, checkpoint.snapshot_every
@@ -84,7 +82,8 @@ def plan_for(assignment: Assignment, attempt: int, places: Places) -> Plan:
         run_id=assignment.run_id,
         attempt=attempt,
         output_dir=str(places.outputs),
-        disk=str(places.slots),
+        disk=str(files.slots),
+        disk_here="" if places.slots == files.slots else str(places.slots),
         every=_interval(every),
         weights_every=_interval(checkpoint.weights_every),
         every_auto=every is None,
@@ -106,13 +105,6 @@ def variables_for(assignment: Assignment, attempt: int, places: Places) -> dict[
         "RUNNER_PARAMS": json.dumps(assignment.job.params),
         "RUNNER_OUTPUT_DIR": str(places.outputs),
     }
-
-
-def launcher_for(assignment: Assignment, spool: Path, files: LocalFiles) -> Launcher:
-    """The launcher that the job asks for."""
-    if assignment.job.launcher != "process":
-        raise UsageError(f"launcher: {assignment.job.launcher} cannot be started by this version")
-    return ProcessLauncher(assignment.job, Places(spool, files.outputs, files.slots))
 
 
 def _interval(every: Every | None) -> Interval:

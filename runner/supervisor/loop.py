@@ -49,7 +49,6 @@ from runner.supervisor.assignment import (
 from runner.supervisor.clerk import Clerk
 from runner.supervisor.detached import DETACHED_VARIABLE
 from runner.supervisor.forecast import Forecaster
-from runner.supervisor.memory_guard import MemoryGuard
 from runner.supervisor.monitor import Monitor, Sight
 from runner.supervisor.pointlog import PointLog, stored_points
 from runner.supervisor.reaper import become_subreaper, reap_orphans
@@ -146,8 +145,9 @@ class Supervisor:
         self._trainer = Trainer(
             launcher,
             self._logs,
-            MemoryGuard(self._rank.folder, job.resources.memory_guard),
             Vitals(job.health.patience, policy.hang_timeout_seconds),
+            self._rank,
+            job.resources.memory_guard,
         )
         self._first_step_seen = False
         self._last_saved_at: float | None = None
@@ -250,7 +250,7 @@ class Supervisor:
         left = [*self._rank.complete(), *self._rank.claimed()]
         steps = [int(marker.moment["step"]) for marker in left if not is_foreign(marker)]
         newest = max(steps, default=-1)
-        cause, explanation = self._trainer.verdict(code) or ("", "")
+        cause, explanation = self._trainer.verdict or ("", "")
         if cause:
             log.error("%s", explanation)
         return events.Exited(time.monotonic(), code, self._obeyed(), newest, step, cause)
@@ -373,7 +373,8 @@ class Supervisor:
         self._end_trainer()
         self._first_step_seen = False
         places = self._launcher.places
-        self._spool.write_plan(plan_for(self._assignment, self._attempt, places).to_json())
+        plan = plan_for(self._assignment, self._attempt, places, self._files)
+        self._spool.write_plan(plan.to_json())
         self._trainer.start(self._attempt, variables_for(self._assignment, self._attempt, places))
 
     def _ask(self, kind: Any, why: Why, deadline: float) -> None:
@@ -416,10 +417,12 @@ class Supervisor:
 
     def _outputs(self, store: Store) -> Outputs:
         limit = self._job.outputs.max_size_bytes
-        return Outputs(store, self._assignment.run_id, self._files.outputs, limit)
+        folder = self._files.outputs
+        return Outputs(store, self._assignment.run_id, folder, limit, self._rank.owner)
 
     def _collect_provenance(self) -> None:
-        self._provenance = collect(self._job.workdir, resolved_command(self._job))
+        facts = collect(self._job.workdir, resolved_command(self._job))
+        self._provenance = {**facts, **self._launcher.provenance()}
         self._clerk.note_provenance(self._provenance)
 
     def _remove_abandoned(self) -> None:

@@ -70,12 +70,15 @@ class MemoryGuard:
         self._told = level
         return MemoryShort(now, memory.used, memory.limit, urgent=level == 2)
 
-    def verdict(self, code: int) -> tuple[str, str] | None:
+    def verdict(self, code: int, killed: bool | None = None) -> tuple[str, str] | None:
         """Cause and explanation, if the trainer has ended with this code for want of memory.
 
-        A loader worker may have been the victim: then the trainer ends by an exception.
+        A loader worker may have been the victim: then the trainer ends by an exception. `killed` is
+        what a container's engine says; None is to ask the kernel's counts.
         """
-        if code == 0 or not self._oom.has_killed(by_sigkill=code in _KILLED):
+        if code and killed is None:
+            killed = self._oom.has_killed(by_sigkill=code in _KILLED)
+        if not code or not killed:
             return None
         return "out of memory", explain(self._read())
 

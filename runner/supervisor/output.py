@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from runner.logs import lines
 from runner.logs.sink import Patience, Sink
@@ -92,18 +93,23 @@ class PassThrough:
 
 
 class Output:
-    """Two pipes for one attempt. `stdout` and `stderr` are the ends that the trainer writes to."""
+    """Two pipes for one attempt. `stdout` and `stderr` are the ends that the trainer writes to.
+
+    `pipe` makes one for each of the two descriptors.
+    """
 
     def __init__(
         self,
         attempt: int,
         keep: Callable[[int, bytes], None],
         pass_on: Callable[[int, bytes], None],
+        pipe: Callable[[int], tuple[int, int]] | None = None,
     ) -> None:
         self._attempt, self._keep, self._pass_on = attempt, keep, pass_on
-        out, self.stdout = _pipe()
+        pipe = pipe or inherited_pipes()
+        out, self.stdout = pipe(STDOUT)
         try:
-            err, self.stderr = _pipe()
+            err, self.stderr = pipe(STDERR)
         except OSError:
             os.close(out)
             os.close(self.stdout)
@@ -119,6 +125,13 @@ class Output:
         """The trainer has its ends: close ours, so that the pipes end with it."""
         os.close(self.stdout)
         os.close(self.stderr)
+
+    def print(self, target: int, data: bytes) -> None:
+        """Take what comes another way than through the pipes, while our ends of them are open."""
+        view = memoryview(data)
+        end = self.stdout if target == STDOUT else self.stderr
+        while view:
+            view = view[os.write(end, view) :]
 
     def drain(self, timeout_seconds: float) -> bool:
         """Wait until all that was printed has been handed on; whether that is so."""
@@ -155,8 +168,31 @@ class Output:
         return len(chunk)
 
 
-def _pipe() -> tuple[int, int]:
-    reading, writing = os.pipe()
+def inherited_pipes() -> Callable[[int], tuple[int, int]]:
+    """Makes pipes whose writing ends a process of ours inherits: reading end and writing end."""
+    return lambda target: _widened(*os.pipe())
+
+
+def named_pipes(folder: Path, owner: tuple[int, int] | None) -> Callable[[int], tuple[int, int]]:
+    """Makes pipes that their writer, `owner`, opens by name: `stdout` and `stderr` in a folder.
+
+    Our own writing end is what holds them open until then.
+    """
+
+    def make(target: int) -> tuple[int, int]:
+        path = folder / ("stdout" if target == STDOUT else "stderr")
+        path.unlink(missing_ok=True)  # of the attempt before
+        os.mkfifo(path, 0o600)
+        if owner is not None:
+            os.chown(path, *owner)
+        reading = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        os.set_blocking(reading, True)
+        return _widened(reading, os.open(path, os.O_WRONLY | os.O_CLOEXEC))
+
+    return make
+
+
+def _widened(reading: int, writing: int) -> tuple[int, int]:
     with contextlib.suppress(OSError):  # the user has many large pipes already
         fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
     return reading, writing

@@ -18,7 +18,7 @@ from runner.checkpoint.logs import StoredLogs
 from runner.logs import lines
 from runner.logs.files import LocalLogs, LogLimits, LogWriter
 from runner.logs.sink import Patience, Sink
-from runner.supervisor.output import STDERR, Output, PassThrough
+from runner.supervisor.output import STDERR, Output, PassThrough, inherited_pipes, named_pipes
 from runner.supervisor.shipping import Courier, Shipment
 
 log = logging.getLogger(__name__)
@@ -97,10 +97,11 @@ class RunLog:
         mine = Shipment(LocalLogs(self._folder), self._stored, self._limits.max_bytes)
         return [mine, *self._also]
 
-    def pipes(self) -> Output:
-        """What the trainer of this attempt is to print into."""
+    def pipes(self, folder: Path | None = None, owner: tuple[int, int] | None = None) -> Output:
+        """What the trainer of this attempt is to print into: with names, in a folder, if given."""
         assert self._through is not None
-        self._output = Output(self._attempt, self._keep, self._pass_on)
+        makes = named_pipes(folder, owner) if folder else inherited_pipes()
+        self._output = Output(self._attempt, self._keep, self._pass_on, makes)
         return self._output
 
     def drain(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,10 +15,12 @@ from runner.checkpoint.provenance import mask_secrets
 from runner.errors import SpoolTaken, StoreDenied, StoreError, StoreUnfit, UsageError
 from runner.exitcodes import FINISHED
 from runner.job import Job, check_launchable, check_run_id, differences, is_s3, job_as_submitted
+from runner.launch.base import Places
+from runner.launch.site import site_for
 from runner.spool import Spool, new_owner, spool_path
 from runner.store import Store
 from runner.supervisor import index
-from runner.supervisor.assignment import Assignment, LocalFiles, launcher_for
+from runner.supervisor.assignment import Assignment, LocalFiles
 from runner.supervisor.beginning import beginning_of, real_place
 from runner.supervisor.loop import Supervisor
 from runner.supervisor.preflight import (
@@ -77,7 +80,10 @@ def supervise(job: Job, wishes: Wishes) -> int:
     check_writable(job, store)
     if not _has_validated_so(known, job):
         check_entrypoint(job)
-    spool = Spool(spool_path(run_id, store.url, os.environ.get(index.SPOOL_ROOT_VARIABLE)))
+    pinned = None if known is None or wishes.update else known.get("image")
+    site = site_for(job, pinned, _state_bytes(store, run_id), index.home() / "images")
+    root = os.environ.get(index.SPOOL_ROOT_VARIABLE)
+    spool = Spool(spool_path(run_id, store.url, root), site.owner)
     try:
         spool.open()
     except SpoolTaken as error:
@@ -86,7 +92,7 @@ def supervise(job: Job, wishes: Wishes) -> int:
             f"end it with `runner stop {run_id}`, or start another one with --new"
         ) from error
     try:
-        _write_run(ledger, known, job, wishes)
+        _write_run(ledger, known, job, wishes, site.image)
     except StoreError as error:
         spool.remove()
         if is_s3(store.url) and not isinstance(error, StoreDenied | StoreUnfit):
@@ -96,8 +102,15 @@ def supervise(job: Job, wishes: Wishes) -> int:
     options = asdict(s3_options(job)) if is_s3(store.url) else None
     index.remember(index.Entry(run_id, store.url, str(spool.path), logs, utc_now(), options))
     log.info("run %s: checkpoints in %s", run_id, store.url)
-    launcher = launcher_for(found, spool.path, LocalFiles(index.files_of(run_id, store.url)))
+    files = LocalFiles(index.files_of(run_id, store.url))
+    launcher = site.launcher(run_id, Places(spool.path, files.outputs, files.slots))
     return Supervisor(found, store, spool, ledger, launcher).run()
+
+
+def _state_bytes(store: Store, run_id: str) -> int | None:
+    """The size of the run's state, as its newest checkpoint has it; None before there is one."""
+    manifests = Archive(store, run_id).manifests()
+    return next((m.nbytes for m in manifests if m.moment.scope == "full"), None)
 
 
 def _look(
@@ -136,7 +149,13 @@ def _has_validated_so(known: dict[str, Any] | None, job: Job) -> bool:
     return bool(before == job_as_submitted(job)["checkpoint"].get("validate"))
 
 
-def _write_run(ledger: Ledger, known: dict[str, Any] | None, job: Job, wishes: Wishes) -> None:
+def _write_run(
+    ledger: Ledger,
+    known: dict[str, Any] | None,
+    job: Job,
+    wishes: Wishes,
+    image: Mapping[str, Any] | None,
+) -> None:
     document: dict[str, Any] = {
         "run_id": ledger.run_id,
         "created_at": utc_now(),
@@ -147,9 +166,12 @@ def _write_run(ledger: Ledger, known: dict[str, Any] | None, job: Job, wishes: W
         which = wishes.begin_from
         document["from"] = None if which is None else real_place(which)
         document["components"] = list(wishes.components)
+        document |= {} if image is None else {"image": dict(image)}
         ledger.begin(document)
-    elif known.get("job") != document["job"]:
-        ledger.amend({**known, "job": document["job"]})
+        return
+    now = {**known, "job": document["job"]} | ({} if image is None else {"image": dict(image)})
+    if now != known:
+        ledger.amend(now)
 
 
 def _check_same_job(run_id: str, known: dict[str, Any] | None, job: Job, *, update: bool) -> None:

@@ -13,9 +13,12 @@ from collections.abc import Callable
 from runner.board import Board
 from runner.errors import RunnerError
 from runner.launch.base import Handle, Launcher, Order
+from runner.memory import Memory
+from runner.spool import RankSpool
 from runner.supervisor import stacks
 from runner.supervisor.events import Event
 from runner.supervisor.memory_guard import MemoryGuard
+from runner.supervisor.output import Output
 from runner.supervisor.runlog import RunLog
 from runner.supervisor.vitals import Vitals
 
@@ -28,12 +31,15 @@ class Trainer:
     """One at a time. All of it belongs into the loop's thread."""
 
     def __init__(
-        self, launcher: Launcher, logs: RunLog, memory: MemoryGuard, vitals: Vitals
+        self, launcher: Launcher, logs: RunLog, vitals: Vitals, rank: RankSpool, guard: float
     ) -> None:
-        self._launcher, self._logs = launcher, logs
-        self._memory, self._vitals = memory, vitals
+        self._launcher, self._logs, self._vitals = launcher, logs, vitals
+        self._memory = MemoryGuard(rank.folder, guard, self._read_memory)
+        self._owner = rank.owner
         self._handle: Handle | None = None
+        self._output: Output | None = None
         self._told = False
+        self._verdict: tuple[str, str] | None = None
         self._heir_until: float | None = None
 
     @property
@@ -57,12 +63,17 @@ class Trainer:
         self._heir_until = None
         self._vitals.attempt_begins()
         self._memory.begin()
-        output = self._logs.pipes()
+        output = self._logs.pipes(self._launcher.pipes_in, self._owner)
         try:
-            order = Order(attempt, own, output.stdout, output.stderr)
+            order = Order(attempt, own, output.stdout, output.stderr, output.print)
             self._handle = self._launcher.start(order)
-        finally:
+        except BaseException:
             output.launched()
+            raise
+        if self._launcher.pipes_in is None:
+            output.launched()
+        else:
+            self._output = output  # the trainer opens its ends by name, when it gets to it
 
     def exit_code(self, now: float, board: Board | None) -> int | None:
         """The code with which it has ended: once, None before and after."""
@@ -74,8 +85,12 @@ class Trainer:
         code = handle.poll()
         if code is None or self._told or self._expects_heir(handle, code, now, board):
             return None
-        self._told = True
+        self._tell(handle, code)
         return code
+
+    def _tell(self, handle: Handle, code: int) -> None:
+        self._told = True
+        self._verdict = self._memory.verdict(code, handle.killed_for_memory())
 
     def _expects_heir(self, handle: Handle, code: int, now: float, board: Board | None) -> bool:
         """Whether what was started has forked and ended well, and its child has yet to attach."""
@@ -93,9 +108,13 @@ class Trainer:
         seen = self._vitals.look(now, board, self._handle.cpu_seconds)
         return seen if short is None else [short, *seen]
 
-    def verdict(self, code: int) -> tuple[str, str] | None:
-        """Cause and explanation of its end, where more is known than its code."""
-        return self._memory.verdict(code)
+    @property
+    def verdict(self) -> tuple[str, str] | None:
+        """Cause and explanation of its end, where more is known than the code that was told."""
+        return self._verdict
+
+    def _read_memory(self) -> Memory | None:
+        return None if self._handle is None else self._handle.memory()
 
     def relay(self, signum: int, board: Board | None) -> None:
         """To the process that has attached: a shell before it would only die of most signals."""
@@ -132,10 +151,13 @@ class Trainer:
             log.error("processes %s of the trainer do not die", remaining)
             return None
         code = handle.poll()
+        is_news = code is not None and not self._told
+        if code is not None and is_news:
+            self._tell(handle, code)
         handle.close()
         self._handle = None
+        if self._output is not None:
+            self._output.launched()
+            self._output = None
         self._logs.drain()
-        if self._told:
-            return None
-        self._told = True
-        return code
+        return code if is_news else None

@@ -44,7 +44,7 @@ class Lifeline:
         self._cut, self._closed = threading.Event(), threading.Event()
         self.saving = False
         """Set while a snapshot is being copied: that is waited for, within reason."""
-        self._pipes = _pipes_to(board.supervisor_pid)
+        self._pipes = _pipes_to(board.supervisor_pid, spool)
         self._thread = threading.Thread(target=self._watch, name="runner-lifeline", daemon=True)
         self._thread.start()
 
@@ -90,8 +90,10 @@ class Lifeline:
         self._leave(PREEMPTED)
 
 
-def _pipes_to(supervisor: int) -> dict[int, int]:
+def _pipes_to(supervisor: int, spool: Path) -> dict[int, int]:
     """Reading ends of those pipes of our output that this process reads, by our descriptor.
+
+    In a container it cannot be seen what it reads: there they are those with a name in the spool.
 
     As long as we have them, what is printed after its death breaks no pipe: an exception from
     `print` would cost the last snapshot. Pipes to anybody else are left alone, since there a
@@ -106,7 +108,9 @@ def _pipes_to(supervisor: int) -> dict[int, int]:
     for descriptor in (1, 2):
         with contextlib.suppress(OSError):
             path = Path(f"/proc/self/fd/{descriptor}")
-            if stat.S_ISFIFO(os.fstat(descriptor).st_mode) and str(path.readlink()) in theirs:
+            target = path.readlink()
+            is_read = str(target) in theirs or target.parent == spool
+            if stat.S_ISFIFO(os.fstat(descriptor).st_mode) and is_read:
                 readers[descriptor] = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     return readers
 

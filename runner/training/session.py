@@ -61,7 +61,8 @@ class Session:
         optimizers: Sequence[torch.optim.Optimizer] = (),
     ) -> None:
         self.plan = Plan.from_json(read_json(spool / "plan.json"))
-        self.rank = RankSpool(spool / "rank-00000")
+        mounted = Path(self.plan.disk_here) if self.plan.disk_here else None
+        self.rank = RankSpool(spool / "rank-00000", disk_here=mounted)
         self._lock: IO[bytes] = self.rank.lock()
         self.board = Board(self.rank.folder / "board")
         self.board.pid = os.getpid()

@@ -1,0 +1,266 @@
+"""The image of a container: found or pulled, pinned by its digest, and looked into once.
+
+What a trainer would stumble over in it is named before anything is started: that there is no such
+image, no Python in it, too old a one, no `runner` or another version of it. The look costs a
+container of half a second, so what was found is remembered by the image's id.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from runner import __version__
+from runner.errors import EngineError, UsageError
+from runner.job import Job
+from runner.launch.docker import probe_request
+from runner.launch.engine import Engine
+
+log = logging.getLogger(__name__)
+
+OLDEST_PYTHON = (3, 11)  # as in pyproject.toml
+_PROBE_SECONDS = 60.0
+_PROGRESS_SECONDS = 5.0
+_PYTHONS = ("python3", "python")
+_NOT_FOUND = 127
+_PROGRAM = """
+import json, os, sys
+facts = {"python": sys.executable, "version": list(sys.version_info[:3]), "uid": os.getuid(),
+         "gid": os.getgid(), "runner": None, "where": None, "packages": {}, "program": True}
+if sys.version_info >= (3, 8):
+    import importlib.metadata, shutil
+    try:
+        import runner
+        facts["runner"] = getattr(runner, "__version__", None)
+        facts["where"] = getattr(runner, "__file__", None)
+    except ImportError:
+        pass
+    for found in importlib.metadata.distributions():
+        name = found.metadata["Name"]
+        if name:
+            facts["packages"].setdefault(name.lower().replace("_", "-"), found.version)
+    facts["program"] = shutil.which(sys.argv[1]) is not None
+print(json.dumps(facts))
+"""
+
+
+@dataclass(frozen=True)
+class Image:
+    """An image that can run the trainer. `digest` is the registry's, None for one only here."""
+
+    name: str
+    id: str
+    digest: str | None
+    python: str = ""
+    version: tuple[int, ...] = ()
+    uid: int = 0
+    gid: int = 0
+    packages: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def reference(self) -> dict[str, Any]:
+        """What says which image it is, for the run's record."""
+        return {"name": self.name, "id": self.id, "digest": self.digest}
+
+
+def find_image(engine: Engine, name: str, pinned: Mapping[str, Any] | None = None) -> Image:
+    """The image of this name: the one that is here, or else pulled.
+
+    With `pinned`, the record of a run that was begun with it, it is the very same image, whatever
+    its name stands for by now. UsageError if it cannot be had.
+    """
+    if pinned is not None and pinned.get("name") == name:
+        return _find_pinned(engine, name, pinned)
+    found = engine.image(name) or _pull(engine, name)
+    return _described(name, found)
+
+
+def _find_pinned(engine: Engine, name: str, pinned: Mapping[str, Any]) -> Image:
+    found = engine.image(str(pinned["id"]))
+    if found is None and pinned.get("digest"):
+        digest = str(pinned["digest"])
+        found = engine.image(digest) or _pull(engine, digest)
+    if found is None:
+        raise UsageError(
+            f"image: the run began with {name} as {pinned['id']}, which is not here and from no "
+            "registry; bring it here (docker save, docker load), or say --update to go on with "
+            "what has that name now"
+        )
+    return _described(name, found)
+
+
+def _described(name: str, found: Mapping[str, Any]) -> Image:
+    digests = found.get("RepoDigests") or []
+    repository = name.partition("@")[0].rpartition(":")[0] or name.partition("@")[0]
+    own = next((d for d in digests if d.partition("@")[0] in (repository, name)), None)
+    return Image(name, str(found["Id"]), own or (digests[0] if digests else None))
+
+
+def _pull(engine: Engine, name: str) -> dict[str, Any]:
+    log.info("pulling the image %s", name)
+    begun = time.monotonic()
+    problem = _follow(engine.pull(name), begun)
+    found = None if problem else engine.image(name)
+    if found is None:
+        raise UsageError(
+            f"image: {name} is not here and cannot be pulled: {problem or 'it is not there'}; "
+            "check the name, and `docker login` if its registry asks for that"
+        )
+    size, seconds = found.get("Size", 0) / 1e6, time.monotonic() - begun
+    log.info("pulled %s: %.0f MB in %.0f s", name, size, seconds)
+    return found
+
+
+def _follow(messages: Iterable[Mapping[str, Any]], begun: float) -> str | None:
+    """Say how far it is, from time to time; why it failed, if it did."""
+    layers: dict[str, tuple[int, int]] = {}
+    said = begun
+    for message in messages:
+        if "error" in message:
+            return str(message["error"])
+        detail = message.get("progressDetail") or {}
+        if detail.get("total") and message.get("status") == "Downloading":
+            layers[str(message.get("id"))] = int(detail["current"]), int(detail["total"])
+        if layers and time.monotonic() - said >= _PROGRESS_SECONDS:
+            said = time.monotonic()
+            done, total = (sum(numbers) / 1e6 for numbers in zip(*layers.values(), strict=True))
+            log.info("pulling: %.0f of %.0f MB", done, total)
+    return None
+
+
+# ---------------------------------------------------------------------------- what is in it
+
+
+def look_into(engine: Engine, job: Job, image: Image, user_mode: str, cache: Path) -> Image:
+    """What the trainer will find in the image. UsageError if it cannot run there.
+
+    `cache` is a folder where the answers are kept.
+    """
+    program = job.command[0] if job.command[0] not in _PYTHONS else ""
+    request = probe_request(job, image.id, ["PYTHON", "-c", _PROGRAM, program], user_mode, {})
+    key = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:32]
+    known = _read(cache / f"{key}.json")
+    facts = known or _ask(engine, job, image, request)
+    if facts is None:
+        raise UsageError(
+            f"image: {image.name} has no Python: build it from one that has, such as "
+            "docker/Dockerfile does"
+        )
+    if problem := problem_of(facts, job, image.name):
+        raise UsageError(f"image: {problem}")
+    if known is None:
+        _write(cache / f"{key}.json", facts)
+    return Image(
+        **{
+            **asdict(image),
+            "python": str(facts["python"]),
+            "version": tuple(facts["version"]),
+            "uid": int(facts["uid"]),
+            "gid": int(facts["gid"]),
+            "packages": dict(facts["packages"]),
+        }
+    )
+
+
+def problem_of(facts: Mapping[str, Any], job: Job, name: str) -> str | None:
+    """Why the trainer cannot run in an image of which this is known. Pure."""
+    if tuple(facts["version"]) < OLDEST_PYTHON:
+        has, needs = (".".join(map(str, v)) for v in (facts["version"], OLDEST_PYTHON))
+        return f"{name} has Python {has}, and runner needs {needs} or later"
+    if facts["runner"] is None or facts["where"] is None:
+        return (
+            f"{name} has no runner; add to its Dockerfile: RUN pip install runner=={__version__} "
+            "(the package alone, without its extras)"
+        )
+    if facts["runner"] != __version__:
+        return (
+            f"{name} has runner {facts['runner']}, and this is {__version__}; both sides of the "
+            f"spool must be the same: RUN pip install runner=={__version__}"
+        )
+    if not facts["program"] and job.command[0] not in _PYTHONS:
+        return f"{name} has no program {job.command[0]!r}, with which the command begins"
+    return None
+
+
+def _ask(
+    engine: Engine, job: Job, image: Image, request: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """What the probe finds; None if there is no Python to run it."""
+    for python in _PYTHONS:
+        entry = [python, *request["Entrypoint"][1:]]
+        try:
+            answer = _run(engine, image.name, {**request, "Entrypoint": entry})
+        except EngineError as error:
+            if job.resources.gpus and error.status >= 500:
+                raise UsageError(f"resources.gpus: {gpu_problem()}: {error.reason}") from error
+            raise UsageError(f"image: {image.name}: {error}") from error
+        if answer is not None:
+            return answer
+    return None
+
+
+def _run(engine: Engine, name: str, request: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Run a probe to its end; what it printed, None if there is no such program."""
+    container = engine.create(f"runner-probe-{os.urandom(6).hex()}", request)
+    try:
+        engine.start(container)
+        code = engine.wait(container, _PROBE_SECONDS)
+        said = engine.output(container, stdout=True, stderr=False)
+        error = engine.output(container, stdout=False, stderr=True)
+    except EngineError as refusal:
+        if refusal.status == 400:  # without an init, the engine looks for the program itself
+            return None
+        raise
+    finally:
+        engine.remove(container)
+    if code == _NOT_FOUND:
+        return None
+    try:
+        return dict(json.loads(said.splitlines()[-1]))
+    except (ValueError, IndexError):
+        words = error.decode(errors="replace").strip().splitlines()[-1:] or ["it says nothing"]
+        raise UsageError(
+            f"image: a Python in {name} ended with {code} and did not tell its version: {words[0]}"
+        ) from None
+
+
+def gpu_problem(root: Path = Path("/")) -> str:
+    """What is missing for GPUs on this machine."""
+    if not (root / "proc/driver/nvidia/version").exists():
+        return "no NVIDIA driver is loaded on this machine; install it, and check nvidia-smi"
+    tools = ("usr/bin/nvidia-container-runtime-hook", "usr/bin/nvidia-container-cli")
+    if not any((root / tool).exists() for tool in tools):
+        return (
+            "the NVIDIA Container Toolkit is not installed; install nvidia-container-toolkit and "
+            "start the engine again"
+        )
+    return (
+        "the engine does not know the NVIDIA runtime; call `nvidia-ctk runtime configure`, and "
+        "start the engine again"
+    )
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        facts = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return facts if isinstance(facts, dict) else None
+
+
+def _write(path: Path, facts: Mapping[str, Any]) -> None:
+    """Keep an answer; where that cannot be, it is asked again."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(facts))
+        temporary.replace(path)
+    except OSError as error:
+        log.debug("what is in the image is not remembered: %s", error)

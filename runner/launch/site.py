@@ -1,0 +1,109 @@
+"""Where a run's trainers will run on this node, made ready before anything of the run is written.
+
+For a container that is the engine, the image and the user. What cannot work is a UsageError here,
+while nothing has begun.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from runner.errors import UsageError
+from runner.job import Job
+from runner.launch.base import Launcher, Places
+from runner.launch.container import DockerLauncher, seat_of
+from runner.launch.engine import Engine
+from runner.launch.image import Image, find_image, look_into
+from runner.launch.local import ProcessLauncher
+from runner.launch.users import container_user, owner_of, user_mode
+from runner.spool import Owner
+
+
+class Site(Protocol):
+    """What is ready for the trainers of a run."""
+
+    @property
+    def owner(self) -> Owner | None:
+        """Whose the trainer's part of the spool is; None: ours."""
+
+    @property
+    def image(self) -> Mapping[str, Any] | None:
+        """Which image it is, for the run's record."""
+
+    def launcher(self, run_id: str, places: Places) -> Launcher:
+        """Starts them; `places` are the run's folders on this node."""
+
+
+@dataclass(frozen=True)
+class ProcessSite:
+    """This machine as it is."""
+
+    job: Job
+
+    @property
+    def owner(self) -> None:
+        """The trainer is who we are."""
+
+    @property
+    def image(self) -> None:
+        """There is none."""
+
+    def launcher(self, run_id: str, places: Places) -> Launcher:
+        return ProcessLauncher(self.job, places)
+
+
+@dataclass(frozen=True)
+class ContainerSite:
+    """An engine of this machine that has an image in which the trainer can run."""
+
+    job: Job
+    engine: Engine
+    found: Image
+    user: str
+
+    @property
+    def owner(self) -> Owner | None:
+        return owner_of(self.user)
+
+    @property
+    def image(self) -> Mapping[str, Any]:
+        return self.found.reference
+
+    def launcher(self, run_id: str, places: Places) -> Launcher:
+        seat = seat_of(self.engine, self.job, self.found, places, run_id, self.user)
+        return DockerLauncher(self.engine, self.job, self.found, seat)
+
+
+def site_for(
+    job: Job, pinned: Mapping[str, Any] | None, state_bytes: int | None, cache: Path
+) -> Site:
+    """The site that the job asks for. UsageError if it cannot be had.
+
+    `pinned` is the image that the run began with; `state_bytes` the size of its state, if known;
+    `cache` a folder where it is remembered what is in an image.
+    """
+    if job.launcher != "docker":
+        return ProcessSite(job)
+    check_memory(job, state_bytes)
+    engine = Engine.connect()
+    assert job.image is not None, "a job without an image is refused when it is read"
+    mode = user_mode(engine, job)
+    found = look_into(engine, job, find_image(engine, job.image, pinned), mode, cache)
+    user = container_user(engine, job, found, os.geteuid(), os.getegid())
+    return ContainerSite(job, engine, found, user)
+
+
+def check_memory(job: Job, state_bytes: int | None) -> None:
+    """UsageError if the slots alone take all the memory that the container may have."""
+    limit, slots = job.resources.memory, job.checkpoint.slots
+    if limit is None or state_bytes is None or slots * state_bytes < limit:
+        return
+    raise UsageError(
+        f"resources.memory: {limit / 1e6:.0f} MB are not enough for {slots} slots of "
+        f"{state_bytes / 1e6:.0f} MB, which count as the container's; raise it, or lower "
+        "checkpoint.slots (0: one, on the disk)"
+    )
