@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from children import Children
 from waiting import wait_until
 
 from runner.board import Board
@@ -141,6 +142,26 @@ def test_what_is_printed_after_the_supervisors_death_breaks_no_pipe(
     process.stderr.close()
 
 
-def test_a_supervisor_that_cannot_be_seen_is_no_error() -> None:
-    assert module._pipes_to(0) == {}
-    assert module._pipes_to(1 << 22) == {}
+def test_a_supervisor_that_cannot_be_seen_is_no_error(tmp_path: Path) -> None:
+    assert module._pipes_to(0, tmp_path) == {}
+
+
+def test_pipes_with_a_name_in_the_spool_are_the_supervisors_who_cannot_be_seen(
+    tmp_path: Path, children: Children
+) -> None:
+    """As in a container."""
+    own, other = tmp_path / "stdout", tmp_path / "other" / "stderr"
+    other.parent.mkdir()
+    readers = []
+    for path in (own, other):
+        os.mkfifo(path)
+        readers.append(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
+
+    def trainer() -> None:
+        for path, target in ((own, 1), (other, 2)):
+            os.dup2(os.open(path, os.O_WRONLY), target)
+        assert list(module._pipes_to(0, tmp_path)) == [1]
+
+    assert children.exit_code(children.start(trainer)) == 0
+    for reader in readers:
+        os.close(reader)

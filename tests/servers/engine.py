@@ -3,10 +3,10 @@
     python -m servers.engine up      prints the environment that reaches it
     python -m servers.engine down    stops it and its containers; --purge forgets its images, too
 
-It needs root on Debian 12, whose packages `docker.io` and `mmdebstrap` it installs. All else lies in
-one folder of the cache (`XDG_CACHE_HOME`); of the machine it touches the bridge docker0, and no rule
-of the firewall: containers reach the network with `network: host` alone. What is up already is left
-as it is, so calling it twice costs a fraction of a second.
+It needs root on Debian 12, whose packages `docker.io` and `mmdebstrap` it installs. All else lies
+in one folder of the cache (`XDG_CACHE_HOME`); of the machine it touches the bridge docker0, and no
+rule of the firewall: containers reach the network with `network: host` alone. What is up already is
+left as it is, so calling it twice costs a fraction of a second.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from servers.ceph import cache_folder
 from waiting import wait_until
+
+from servers.ceph import cache_folder
 
 IMAGE = os.environ.get("RUNNER_TEST_IMAGE", "localbase:py311")
 START_SECONDS = 60.0
@@ -74,7 +75,7 @@ def given() -> Docker | None:
 
 
 class LocalEngine:
-    """An engine in one folder of the cache; `name` tells several apart, which share a base image."""
+    """An engine in one folder of the cache. `name` tells several apart; they share a base image."""
 
     def __init__(self, cache: Path, name: str = "engine") -> None:
         self.folder, self.base = cache / name, cache / "base-py311.tar"
@@ -115,7 +116,7 @@ class LocalEngine:
         wait_until(lambda: self.pid() is None, START_SECONDS, "the engine to be dead")
 
     def down(self, purge: bool = False) -> None:
-        """Remove its containers, stop it, and leave no mount of it; `purge` takes its files, too."""
+        """Remove its containers, stop it, leave no mount of it; `purge` takes its files, too."""
         pid = self.pid()
         if pid is not None:
             left = self.docker.containers()
