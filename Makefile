@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: setup run test check bench chaos clean
+.PHONY: setup run test check golden bench chaos clean
 
 setup: $(READY)
 
@@ -30,6 +30,10 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy --strict runner
+
+# Files that tests compare whole; look at the difference before it is committed.
+golden: $(READY)
+	PYTHONPATH=tests $(BIN)/python -m golden
 
 bench: $(READY)
 	$(BIN)/python -m tests.bench.bench

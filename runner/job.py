@@ -88,11 +88,13 @@ def load_job(
     params: Mapping[str, Any] = MappingProxyType({}),
     store: str | None = None,
     launcher: str | None = None,
+    overrides: Mapping[KeyPath, str | None] = MappingProxyType({}),
 ) -> Job:
     """Read a job file and put the command line's values over it.
 
     `workdir` is the folder against which the job's own `workdir` is resolved, by default the
     current one. The keys of `params` may be dotted: `optimizer.lr` is `lr` inside `optimizer`.
+    `overrides` has other keys of the file; the option that sets one is called like its last part.
 
     Raises UsageError if there is no file that can be read, JobError with one line per problem
     (all problems of the file at once) if it cannot be obeyed. Nothing is written.
@@ -109,9 +111,9 @@ def load_job(
         file.override(("params", *([key] if literal else key.split("."))), value, f"-p {key}")
     if store is not None and not is_s3(store) and is_s3(str(file.root.get("store"))):
         file.root.pop("s3", None)  # it says how to reach the store that is not used
-    for key, given in (("store", store), ("launcher", launcher)):
+    for path_of_key, given in {("store",): store, ("launcher",): launcher, **overrides}.items():
         if given is not None:
-            file.override((key,), given, f"--{key}")
+            file.override(path_of_key, given, f"--{path_of_key[-1]}")
     job = _validated(file, workdir)
     file.raise_problems()
     assert job is not None, "a job that is not valid has problems"

@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from runner.job_container import Image, Mount, Network, User, each_target_once, needed
+from runner.job_kubernetes import Kubernetes
 from runner.job_metrics import Cost, Metrics
 from runner.job_resources import Resources
 from runner.job_store import S3, STORE_PATTERN, is_s3, store_location
@@ -195,6 +196,13 @@ class Checkpoint(Part):
     )
     keep: Keep = Keep()
     validation: Validate | None = Field(default=None, alias="validate")
+    max_state_bytes: Size | None = Field(
+        default=None,
+        alias="max_state",
+        description="The largest that the state may be, where the spool's size has to be known"
+        " before the run: in Kubernetes.",
+        examples=["12Gi"],
+    )
 
 
 def _each_once(clouds: tuple[str, ...]) -> tuple[str, ...]:
@@ -342,7 +350,7 @@ class Job(Part):
             examples=[{"OMP_NUM_THREADS": "2"}],
         )
     )
-    launcher: Literal["process", "docker"] = Field(
+    launcher: Literal["process", "docker", "kubernetes"] = Field(
         default="process", description="What the trainer runs in."
     )
     image: Image | None = Field(
@@ -390,6 +398,7 @@ class Job(Part):
     logs: Logs = Logs()
     metrics: Metrics = Metrics()
     cost: Cost | None = None
+    kubernetes: Kubernetes = Kubernetes()
 
     @field_validator("image")
     @classmethod

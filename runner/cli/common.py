@@ -40,12 +40,43 @@ NewOption = Annotated[bool, typer.Option("--new", help="Start another run of thi
 UpdateOption = Annotated[bool, typer.Option("--update", help="Go on with changed values.")]
 
 
-def load(job: Path, param: list[str] | None, launcher: str | None, store: str | None) -> Any:
+ImageOption = Annotated[str | None, typer.Option("--image", help="The container's image.")]
+ProfileOption = Annotated[
+    str | None, typer.Option("--profile", metavar="gke-spot|eks-spot|aks-spot", help="Spot nodes.")
+]
+NamespaceOption = Annotated[
+    str | None, typer.Option("--namespace", "-n", help="Where the run is in a cluster.")
+]
+ContextOption = Annotated[
+    str | None, typer.Option("--context", help="The context in the kubeconfig.")
+]
+
+
+def load(
+    job: Path,
+    param: list[str] | None,
+    launcher: str | None,
+    store: str | None,
+    *,
+    image: str | None = None,
+    profile: str | None = None,
+    namespace: str | None = None,
+) -> Any:
     """The job of a file, with the values of the command line over it."""
     from runner.job import load_job, parse_param
 
     given = dict(parse_param(text) for text in param or ())
-    return load_job(job, params=given, launcher=launcher, store=store)
+    return load_job(
+        job,
+        params=given,
+        launcher=launcher,
+        store=store,
+        overrides={
+            ("image",): image,
+            ("kubernetes", "profile"): profile,
+            ("kubernetes", "namespace"): namespace,
+        },
+    )
 
 
 def where(
