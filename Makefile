@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+TRACKS := $(VENV)/.tracks
 
 .PHONY: setup run test check golden bench chaos clean
 
@@ -16,6 +17,11 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[torch,dev]'
 	touch $@
 
+# The trackers, ONNX and Optuna: extras, and only tests use them all.
+$(TRACKS): $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[trackers]'
+	touch $@
+
 # C-MAPSS FD001 on a spot node that is taken away twice; a few minutes on two cores.
 run: $(READY)
 	$(BIN)/runner simulate jobs/rul.yaml -p profile=quick \
@@ -23,7 +29,7 @@ run: $(READY)
 
 # Two at a time, and each file's tests in their order: many wait for processes, few keep a core busy.
 WORKERS ?= 2
-test: $(READY)
+test: $(READY) $(TRACKS)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 check: $(READY)
@@ -35,7 +41,7 @@ check: $(READY)
 golden: $(READY)
 	PYTHONPATH=tests $(BIN)/python -m golden
 
-bench: $(READY)
+bench: $(READY) $(TRACKS)
 	$(BIN)/python -m tests.bench.bench
 
 # Runs that everything befalls, with real processes; N of them, drawn from SEED on.

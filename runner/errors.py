@@ -21,6 +21,8 @@
     ├── EngineError               the container engine refuses
     │   └── EngineGone            it does not answer
     ├── MetadataError             a cloud's metadata service is absent, or not understood
+    ├── TrackerError              a tracker that cannot be told something
+    │   └── TrackerRefused        and never can be
     ├── Abandoned                 a save that gave way to a newer one
     └── Fenced                    a newer attempt has the run: exit code 76
 
@@ -161,6 +163,14 @@ class EngineGone(EngineError):
 
 class MetadataError(RunnerError):
     """A cloud's metadata service is not there, or what it answers cannot be understood."""
+
+
+class TrackerError(RunnerError):
+    """A tracker or its registry is not reached, or cannot do what is asked. Never ends a run."""
+
+
+class TrackerRefused(TrackerError):
+    """What was sent will not be taken another time either."""
 
 
 class Abandoned(RunnerError):

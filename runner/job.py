@@ -37,6 +37,7 @@ from runner.job_model import (
 )
 from runner.job_resources import Resources
 from runner.job_store import S3, WHERE_CREDENTIALS_BELONG, is_credential, is_s3, s3_url
+from runner.job_tracking import Tracking, missing_tracker
 from runner.job_types import Part
 from runner.job_yaml import JobFile, KeyPath, dotted, parse_param, read_job_file
 from runner.units import format_duration, format_size
@@ -57,6 +58,7 @@ __all__ = [
     "Preemption",
     "Resources",
     "Restart",
+    "Tracking",
     "check_launchable",
     "check_run_id",
     "differences",
@@ -64,6 +66,7 @@ __all__ = [
     "job_as_submitted",
     "job_schema",
     "load_job",
+    "missing_tracker",
     "parse_param",
     "resolved_command",
     "s3_url",
@@ -106,9 +109,7 @@ def load_job(
         file.refuse((), f"{found}; a job has at least a name and a command", line=1)
         file.raise_problems()
     for key, value in params.items():
-        # A key that the file itself spells with a dot is replaced as it stands.
-        literal = isinstance(own := file.root.get("params"), dict) and key in own
-        file.override(("params", *([key] if literal else key.split("."))), value, f"-p {key}")
+        file.override(_place_of(key, file.root.get("params")), value, f"-p {key}")
     if store is not None and not is_s3(store) and is_s3(str(file.root.get("store"))):
         file.root.pop("s3", None)  # it says how to reach the store that is not used
     for path_of_key, given in {("store",): store, ("launcher",): launcher, **overrides}.items():
@@ -118,6 +119,19 @@ def load_job(
     file.raise_problems()
     assert job is not None, "a job that is not valid has problems"
     return job
+
+
+def _place_of(key: str, own: object) -> KeyPath:
+    """Where `-p KEY=…` belongs: in the params, but for `tracking.…`, which is about the job.
+
+    A key that the file itself spells with a dot is replaced as it stands.
+    """
+    names = own if isinstance(own, dict) else {}
+    if key in names:
+        return ("params", key)
+    parts = tuple(key.split("."))
+    is_of_job = parts[0] == "tracking" and len(parts) > 1 and "tracking" not in names
+    return parts if is_of_job else ("params", *parts)
 
 
 def _validated(file: JobFile, workdir: Path | None) -> Job | None:

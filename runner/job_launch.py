@@ -16,6 +16,7 @@ from typing import Literal
 
 from runner.errors import JobError
 from runner.job_model import Job
+from runner.job_tracking import missing_tracker
 
 
 def resolved_command(job: Job) -> list[str]:
@@ -79,6 +80,8 @@ def check_launchable(job: Job) -> None:
         problems.append(
             f"command: {shadow} would be imported in place of the package `runner`; rename it"
         )
+    if problem := missing_tracker(job.tracking):
+        problems.append(problem)
     if problems:
         raise JobError(*problems)
 

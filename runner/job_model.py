@@ -25,6 +25,7 @@ from runner.job_kubernetes import Kubernetes
 from runner.job_metrics import Cost, Metrics
 from runner.job_resources import Resources
 from runner.job_store import S3, STORE_PATTERN, is_s3, store_location
+from runner.job_tracking import Tracking
 from runner.job_types import (
     LARGEST_COUNT,
     NAME_PATTERN,
@@ -397,6 +398,7 @@ class Job(Part):
     resources: Resources = Resources()
     logs: Logs = Logs()
     metrics: Metrics = Metrics()
+    tracking: Tracking | None = None
     cost: Cost | None = None
     kubernetes: Kubernetes = Kubernetes()
 

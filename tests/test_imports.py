@@ -18,10 +18,20 @@ GROUND = "ground"
 # Each layer may import itself and those named here. Everything else directly below `runner/` is
 # the ground, which imports nothing but the ground.
 BELOW: dict[str, set[str]] = {
-    "cli": {"doctor", "simulation", "supervisor", "launch", "checkpoint", "store", GROUND},
+    "cli": {
+        "tracking",
+        "doctor",
+        "simulation",
+        "supervisor",
+        "launch",
+        "checkpoint",
+        "store",
+        GROUND,
+    },
     "doctor": {"supervisor", "launch", "checkpoint", "notices", "store", GROUND},
     "simulation": {"supervisor", "launch", "checkpoint", "store", GROUND},
-    "supervisor": {"launch", "checkpoint", "notices", "store", GROUND},
+    "supervisor": {"tracking", "launch", "checkpoint", "notices", "store", GROUND},
+    "tracking": {"checkpoint", "store", GROUND},
     "launch": {"checkpoint", "store", GROUND},
     "training": {"checkpoint", "store", GROUND},
     "checkpoint": {"store", GROUND},
@@ -136,6 +146,10 @@ PLACES = {
     "typer": {"cli"},
     "docker": {"launch"},
     "requests": {"launch"},
+    "mlflow": {"tracking"},
+    "wandb": {"tracking"},
+    "clearml": {"tracking"},
+    "aim": {"tracking"},
 }
 
 
@@ -183,7 +197,7 @@ def modules_after(statements: str) -> set[str]:
     return set(subprocess.check_output([sys.executable, "-c", program], text=True).split())
 
 
-HEAVY = {"torch", "numpy", "boto3", "docker"}
+HEAVY = {"torch", "numpy", "boto3", "docker", "mlflow", "wandb", "clearml", "aim"}
 SUPERVISORS = {"boto3", "docker", "prometheus_client", "psutil", "pydantic", "requests", "rich",
                "safetensors", "typer", "watchdog", "yaml"}  # fmt: skip
 

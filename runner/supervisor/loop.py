@@ -51,9 +51,11 @@ from runner.supervisor.detached import DETACHED_VARIABLE
 from runner.supervisor.forecast import Forecaster
 from runner.supervisor.monitor import Monitor, Sight
 from runner.supervisor.pointlog import PointLog, stored_points
+from runner.supervisor.preflight import s3_options
 from runner.supervisor.reaper import become_subreaper, reap_orphans
 from runner.supervisor.runlog import RunLog
 from runner.supervisor.savelog import SaveLog, stored_saves
+from runner.supervisor.trackers import Trackers, errands
 from runner.supervisor.trainer import Trainer
 from runner.supervisor.upkeep import policy_of
 from runner.supervisor.validator import validator_of
@@ -64,6 +66,8 @@ log = logging.getLogger(__name__)
 _TICK_SECONDS = 0.02
 _CLERK_SECONDS = 600.0  # for what is left in the end, the run's own files above all
 _SHIPPING_SECONDS = 20.0  # for the end of the log
+_TRACKERS_SECONDS = 15.0  # for what trackers have not got yet
+_HURRIED_SECONDS = 2.0
 _TIDYING_SECONDS = 0.5
 _SIGNALS = (
     signal.SIGTERM,
@@ -98,7 +102,7 @@ class Supervisor:
             store,
             ledger,
             policy_of(job.checkpoint.keep),
-            lambda: self._provenance,
+            lambda: {**self._provenance, **self._trackers.provenance},
             compresses=job.checkpoint.compression is not None,
             validates=job.checkpoint.validation is not None,
         )
@@ -150,6 +154,9 @@ class Supervisor:
             job.resources.memory_guard,
         )
         self._first_step_seen = False
+        self._trackers = Trackers(
+            errands(job.tracking, job.workdir, assignment.run_id, store.url, s3_options(job))
+        )
         self._last_saved_at: float | None = None
         self._closed_attempt = 0
         self._begin_at = assignment.begin_at
@@ -175,6 +182,7 @@ class Supervisor:
         self._clerk.start()
         if self._validator is not None:
             self._validator.start()
+        self._trackers.start()
         try:
             self._clouds.start()
             self._perform(self._actions)
@@ -191,8 +199,10 @@ class Supervisor:
             tidying.join(_TIDYING_SECONDS)
             self._points.finish()
             self._note_last_saves()
+            self._leave_trackers(fenced=fenced)
             seconds = min(_SHIPPING_SECONDS, self._seconds_left() / 2)
             self._logs.finish(seconds, ship=saved and not fenced)
+            self._trackers.close()
             self._leave_clouds(saved)
             self._leave(saved)
             self._monitor.close(self._seconds_left())
@@ -312,6 +322,7 @@ class Supervisor:
             self._points.begin(event.attempt)
             self._saves.begin(event.attempt)
             self._logs.begin(event.attempt)
+            self._trackers.news()
         if isinstance(event, events.Interrupt) and self._clerk.board is not None:
             # What a second one costs is said at once, so it must be known where the trainer is.
             board = self._clerk.board
@@ -319,6 +330,7 @@ class Supervisor:
         self._state, actions = machine.step(before, event)
         if isinstance(event, events.Persisted):
             self._saves.note(event.record)
+            self._trackers.news()
         if isinstance(event, events.Saved):
             self._last_saved_at = max(event.at, self._last_saved_at or event.at)
         if self._state.phase is not before.phase:
@@ -470,6 +482,12 @@ class Supervisor:
         if deadline is None:
             return _CLERK_SECONDS
         return max(0.2, min(_CLERK_SECONDS, deadline - time.monotonic()))
+
+    def _leave_trackers(self, *, fenced: bool) -> None:
+        """A node that is taken away waits for them a moment only: the next one sends the rest."""
+        is_hurried = fenced or self._state.deadline is not None
+        longest = (0.0 if fenced else _HURRIED_SECONDS) if is_hurried else 4 * _TRACKERS_SECONDS
+        self._trackers.leave(min(_TRACKERS_SECONDS, longest), longest)
 
     def _leave_clouds(self, saved: bool) -> None:
         """Listen no more. A cloud that waits for it is told that this machine may go, if it may."""

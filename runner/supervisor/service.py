@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from runner import __version__
@@ -31,6 +31,7 @@ from runner.supervisor.preflight import (
     store_of,
 )
 from runner.supervisor.trial import check_entrypoint
+from runner.tracking import locate
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +71,9 @@ def usable_store_of(job: Job) -> Store:
 def supervise(job: Job, wishes: Wishes) -> int:
     """Run a job, or continue it; the exit code. UsageError before anything is written."""
     check_launchable(job)
+    if (wishes.begin_from or "").startswith(locate.SCHEME):
+        place = locate.place_of(str(wishes.begin_from), job.tracking, job.workdir)
+        wishes = replace(wishes, begin_from=place)
     store = store_of(job)
     check_reachable(job, store)
     with refusals(store):

@@ -8,13 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import mmap
-import os
-import secrets
-import shutil
 import socket
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,8 +17,9 @@ from pydantic import ValidationError
 
 from runner import job
 from runner.checkpoint.attempts import utc_now
-from runner.checkpoint.format import MANIFEST_FILE, CheckpointName
-from runner.checkpoint.manifest import FileEntry, Manifest, Moment, plain_entry
+from runner.checkpoint.copies import appearing, copy_files
+from runner.checkpoint.format import CheckpointName
+from runner.checkpoint.manifest import Manifest, Moment
 from runner.checkpoint.retention import (
     Keep,
     counted_apart,
@@ -34,7 +30,6 @@ from runner.checkpoint.retention import (
 from runner.checkpoint.validation import Verdict
 from runner.errors import CheckpointCorrupt, NotFound, UnknownName, UsageError
 from runner.supervisor.lookup import KnownRun
-from runner.supervisor.verification import verified_parts
 
 _NEWER_THAN_ALL = tuple(
     Moment(attempt=1 << 40, save=save, step=0, epoch=0, batch=1, scope=scope)
@@ -176,47 +171,11 @@ def export(run: KnownRun, which: str, folder: Path) -> Manifest:
     """Copy a checkpoint's files, each part verified, into a folder that is new or empty.
 
     Those that are compressed come out plain, and the manifest there says so. All files appear at
-    once. CheckpointCorrupt if a part is not the one that was saved;
-    UsageError if something is in the way. Nothing is left behind then.
+    once. CheckpointCorrupt if a part is not the one that was saved; UsageError if something is in
+    the way. Nothing is left behind then.
     """
-    manifest = run.find_checkpoint(which)
-    folder = folder.expanduser().absolute()
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UsageError(f"{folder} is there already; name a new folder, or an empty one")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
-    partial.mkdir()
-    entries = {file.name: file for file in manifest.files}
-    prefix = f"{run.run_id}/checkpoints/{manifest.name}"
-    try:
-        with ThreadPoolExecutor(4, "export") as pool:
-            for file in manifest.files:
-                if file.frames is not None:
-                    entry = _unpack(run, manifest, file, partial / file.content_name)
-                    entries[file.name] = entry
-                    continue
-                with (partial / file.name).open("wb") as copy:
-                    parts = verified_parts(run.store, f"{prefix}/{file.name}", file, pool)
-                    for index, (part, sound) in enumerate(parts):
-                        if not sound:
-                            problem = f"part {index} of {file.name} is not the one saved"
-                            raise CheckpointCorrupt(manifest.name, problem)
-                        copy.write(part)
-        manifest = replace(manifest, files=tuple(entries.values()))
-        (partial / MANIFEST_FILE).write_bytes(manifest.to_json())
-        partial.replace(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return manifest
-
-
-def _unpack(run: KnownRun, manifest: Manifest, file: FileEntry, target: Path) -> FileEntry:
-    """Write the plain file that a compressed one holds; what a manifest says of it."""
-    with target.open("xb+") as copy:
-        os.posix_fallocate(copy.fileno(), 0, file.content_size)  # a full disk is told here
-        memory = memoryview(mmap.mmap(copy.fileno(), file.content_size))
-    run.archive.load_file(manifest, file, memory)
-    return plain_entry(target.name, memory)
+    with appearing(folder) as partial:
+        return copy_files(run.archive, run.find_checkpoint(which), partial)
 
 
 def _verdicts(run: KnownRun, names: Iterable[str]) -> dict[str, Verdict]:

@@ -10,15 +10,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from hashlib import sha256
 
 from runner.checkpoint.archive import Archive
+from runner.checkpoint.copies import READS_AHEAD, verified_parts
 from runner.checkpoint.format import MANIFEST_FILE
 from runner.checkpoint.manifest import FileEntry, Manifest
 from runner.errors import CheckpointCorrupt, NotFound
 from runner.store import Store
-
-_THREADS = 4
 
 ALL_BYTES = "size, all bytes"
 CHECKSUM = "size, the store's checksum"
@@ -61,7 +59,7 @@ def verify(archive: Archive, manifest: Manifest, *, deep: bool = False) -> list[
     """
     size = len(manifest.to_json())
     verdicts = [FileVerdict(MANIFEST_FILE, size, ITSELF)]
-    with ThreadPoolExecutor(_THREADS, "verify") as pool:
+    with ThreadPoolExecutor(READS_AHEAD, "verify") as pool:
         for file in manifest.files:
             key = f"{archive.run_id}/checkpoints/{manifest.name}/{file.name}"
             verdicts.append(_verdict(archive.store, key, file, pool, deep=deep))
@@ -95,29 +93,6 @@ def verify_all(archive: Archive, *, deep: bool = False) -> Iterator[CheckpointVe
             verdict = CheckpointVerdict(name, (missing,))
         found_any = True
         yield verdict
-
-
-def verified_parts(
-    store: Store, key: str, file: FileEntry, pool: ThreadPoolExecutor
-) -> Iterator[tuple[bytearray, bool]]:
-    """The parts of a file in their order, each with whether it is the one that was saved.
-
-    A few are read ahead, and no more than that are held in memory.
-    """
-    starts = range(0, max(1, file.size), file.part_bytes)
-
-    def read(index: int) -> tuple[bytearray, bool]:
-        begin = starts[index]
-        buffer = bytearray(min(file.part_bytes, file.size - begin))
-        if buffer:
-            store.fetch(key, begin, memoryview(buffer))
-        return buffer, sha256(buffer).hexdigest() == file.parts[index]
-
-    ahead = [pool.submit(read, index) for index in range(min(_THREADS, len(starts)))]
-    for index in range(len(starts)):
-        yield ahead.pop(0).result()
-        if index + _THREADS < len(starts):
-            ahead.append(pool.submit(read, index + _THREADS))
 
 
 def _verdict(
