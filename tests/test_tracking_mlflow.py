@@ -46,7 +46,9 @@ def tracked(node: Node, url: str, name: str, **keys: Any) -> str:
 @pytest.fixture(scope="module")
 def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
     with nodes_in(tmp_path_factory.mktemp("nodes")) as new:
-        yield new("node")
+        node = new("node")
+        node.keeps_spool = True  # of the run whose supervisor is killed
+        yield node
 
 
 @pytest.fixture(scope="module")
@@ -220,18 +222,18 @@ def test_a_folder_and_a_database_do_without_a_server(tmp_path: Path, kind: str) 
 
 
 def test_params_that_change_are_told_in_tags(tmp_path: Path) -> None:
-    settings = {"settings": {"uri": "sqlite:///mlflow.db"}, "workdir": tmp_path}
+    settings = {"settings": {"uri": "mlruns"}, "workdir": tmp_path}
     run_id = tracking.MLflowTracker().begin(About(**{**vars(ABOUT), **settings}), None)
     changed = About(**{**vars(ABOUT), **settings, "params": {"lr": "0.2", "new": "1"}})
     tracking.MLflowTracker().begin(changed, run_id)
 
-    data = tracking.client_for("sqlite:///mlflow.db", tmp_path).get_run(run_id).data
+    data = tracking.client_for("mlruns", tmp_path).get_run(run_id).data
     assert data.params == {"lr": "0.1", "new": "1"}
     assert data.tags["runner.params.lr"] == "0.2"
 
 
 def test_what_mlflow_will_never_take_is_refused(tmp_path: Path) -> None:
-    about = About(**{**vars(ABOUT), "settings": {"uri": "sqlite:///m.db"}, "workdir": tmp_path})
+    about = About(**{**vars(ABOUT), "settings": {"uri": "mlruns"}, "workdir": tmp_path})
     tracker = tracking.MLflowTracker()
     tracker.begin(about, None)
     with pytest.raises(TrackerRefused):
