@@ -73,6 +73,7 @@ class Board:
     step_us = _Word(15)  # microseconds that the last step took
     sick_since = _Word(16)  # first step whose metrics are not finite, plus one; 0: they are
     sick_steps = _Word(17)  # for how many steps they have not been
+    expected_steps = _Word(60)  # of the whole run, as it seems now; 0: it cannot be known
 
     request_number = _Word(64)
     request_kind = _Word(65)

@@ -22,6 +22,7 @@ BELOW: dict[str, set[str]] = {
         "tracking",
         "doctor",
         "simulation",
+        "views",
         "supervisor",
         "launch",
         "checkpoint",
@@ -30,6 +31,7 @@ BELOW: dict[str, set[str]] = {
     },
     "doctor": {"supervisor", "launch", "checkpoint", "notices", "store", GROUND},
     "simulation": {"supervisor", "launch", "checkpoint", "store", GROUND},
+    "views": {"supervisor", "checkpoint", "store", GROUND},
     "supervisor": {"tracking", "launch", "checkpoint", "notices", "store", GROUND},
     "tracking": {"checkpoint", "store", GROUND},
     "launch": {"checkpoint", "store", GROUND},
@@ -150,6 +152,7 @@ PLACES = {
     "wandb": {"tracking"},
     "clearml": {"tracking"},
     "aim": {"tracking"},
+    "rich": {"views"},
 }
 
 

@@ -27,6 +27,10 @@ from runner.supervisor import index, lookup
 STATUS_KEYS = [
     *("run_id", "phase", "live", "step", "epoch", "epochs", "batch", "attempt", "activity"),
     *("cause", "saved_step", "last_checkpoint", "store", "pid"),
+    *("total_steps", "progress_ratio", "seconds_per_step", "eta_seconds", "metric", "value"),
+    *("saved_at", "saved_seconds_ago", "node", "preemptions", "failures", "lost_steps"),
+    *("grace_seconds", "emergency_seconds", "headroom_seconds", "goodput_ratio"),
+    *("wall_seconds", "started_at", "seen_at"),
 ]
 CHECKPOINT_KEYS = [
     *("name", "step", "epoch", "attempt", "save", "triggers", "bytes", "healthy", "validated"),

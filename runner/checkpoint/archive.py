@@ -27,6 +27,7 @@ from runner.errors import CheckpointCorrupt, CheckpointInvalid, NotFound, StoreE
 from runner.store import Store
 
 _MAX_MANIFEST_BYTES = 64 * fmt.MEBIBYTE
+_MAX_NOTE_BYTES = 1 << 20
 _READS = 2  # of a part, before what it holds counts as what is stored
 
 
@@ -72,6 +73,15 @@ class Archive:
         """Names of the checkpoints that were found corrupt."""
         files = self.store.children(f"{self.run_id}/quarantine")
         return {file.removesuffix(".json") for file in files}
+
+    def why_quarantined(self, name: str) -> str:
+        """What was wrong with a checkpoint; empty if that is not known any more."""
+        key = f"{self.run_id}/quarantine/{name}.json"
+        try:
+            note = json.loads(self.store.read(key, _MAX_NOTE_BYTES))
+            return str(note["reason"])
+        except (NotFound, ValueError, TypeError, KeyError, RecursionError):
+            return ""
 
     def manifest(self, name: str) -> Manifest:
         """NotFound if there is none (so no checkpoint), CheckpointInvalid if it is unusable."""

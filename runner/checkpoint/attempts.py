@@ -40,6 +40,8 @@ class AttemptRecord:
     run had failed again and again behind them: nothing begins from them any more. Times are ISO
     8601 in UTC, durations seconds.
 
+    `expected_steps` is how many steps the whole run will have, as its script seems to go.
+
     `spent` has what the time from `started_at` to `seen_at` went into, by kind: `productive`, and
     the kinds of `runner.supervisor.goodput`. `resumed_productive_seconds` is what the state that it
     began from had taken to train, `saved_productive_seconds` that of its last commit. `metrics`
@@ -63,6 +65,7 @@ class AttemptRecord:
     cause: str | None = None
     exit_code: int | None = None
     notice_to_durable_seconds: float | None = None
+    expected_steps: int | None = None
     seen_at: str | None = None
     spent: Mapping[str, float] = field(default_factory=dict)
     resumed_productive_seconds: float = 0.0
@@ -120,10 +123,14 @@ class Ledger:
         """Put another `run.json` in place of the one there is."""
         self._store.replace(f"{self.run_id}/run.json", _dump(document))
 
-    def records(self) -> list[AttemptRecord]:
-        """All attempts, oldest first; StoreError if a record is unreadable."""
+    def records(self, known: Mapping[int, AttemptRecord] | None = None) -> list[AttemptRecord]:
+        """All attempts, oldest first; StoreError if a record is unreadable.
+
+        Those that are `known`, because they cannot change any more, are not read again.
+        """
         latest = read_latest(self._store, self.run_id)
-        records = map(self._read, self._numbers())
+        have = known or {}
+        records = (have.get(number) or self._read(number) for number in self._numbers())
         return [_with_commit(record, latest) for record in records if record is not None]
 
     def look_for_gone_back(self) -> frozenset[str]:

@@ -13,7 +13,7 @@ import sys
 import typer
 
 from runner import exitcodes
-from runner.cli import checkpoints, doctor, logs, looking, rendering, running, tracking
+from runner.cli import checkpoints, doctor, logs, looking, rendering, running, tracking, views
 from runner.cli.common import print_json
 from runner.errors import RunnerError, StoreDenied, StoreUnfit, UsageError
 
@@ -26,7 +26,7 @@ app = typer.Typer(
 )
 for command in (
     *(running.submit, running.run, looking.status, logs.logs, looking.stop, looking.wait),
-    *(running.simulate, rendering.render, doctor.doctor, tracking.track),
+    *(running.simulate, rendering.render, doctor.doctor, tracking.track, views.report, views.ui),
 ):
     app.command()(command)
 app.add_typer(checkpoints.app, name="checkpoints")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from runner import exitcodes
 from runner.cli.common import (
     BundleOption,
     EndpointOption,
+    Output,
     OutputOption,
     RegionOption,
     RunName,
@@ -24,6 +27,9 @@ from runner.errors import UsageError
 
 def status(
     name: Annotated[str | None, typer.Argument(metavar="[RUN]")] = None,
+    watch: Annotated[
+        bool, typer.Option("-w", "--watch", help="Go on looking, until the run ends.")
+    ] = False,
     store: StoreOption = None,
     s3_endpoint: EndpointOption = None,
     s3_region: RegionOption = None,
@@ -31,19 +37,47 @@ def status(
     output: OutputOption = "text",
 ) -> None:
     """Where a run is, or all runs of this machine or of a store."""
-    from runner.supervisor.lookup import overview, status_of
+    from runner.supervisor.lookup import overview
 
     if name is not None:
-        one = status_of(found_run(name, store, s3_endpoint, s3_region, s3_ca_bundle))
-        if output == "json":
-            print_json(one)
-        else:
-            for key, value in one.items():
-                typer.echo(f"{key:<16} {'-' if value is None else value}")
+        found = found_run(name, store, s3_endpoint, s3_region, s3_ca_bundle)
+        _watch(found, output) if watch else _show(found, output)
         return
+    if watch:
+        raise UsageError("--watch needs the name of a run")
     rows = list(overview(where(store, s3_endpoint, s3_region, s3_ca_bundle)))
     columns = ("run_id", "phase", "step", "epoch", "attempt", "saved_step", "store")
     print_rows(rows, columns, output)
+
+
+def _show(run: Any, output: Output) -> None:
+    from runner.views import live, terminal
+    from runner.views.looking import Looker
+    from runner.views.overview import glance
+    from runner.views.words import plain
+
+    seen = glance(Looker(run).look())
+    if output == "json":
+        print_json(seen)
+        return
+    is_terminal = sys.stdout.isatty()
+    columns = live.terminal_size(sys.stdout.fileno()).columns if is_terminal else 80
+    color = is_terminal and live.wants_color()
+    for line in terminal.frame(seen, columns, color=color):
+        typer.echo(line, color=True)
+    typer.echo()
+    for key in ("phase", "cause", "node", "last_checkpoint", "store", "pid"):
+        typer.echo(f"{key:<16} {'-' if seen[key] is None else plain(seen[key])}")
+
+
+def _watch(run: Any, output: Output) -> None:
+    """Until it has ended, or somebody has seen enough."""
+    from runner.views.watching import watch
+
+    try:
+        watch(run, as_json=output == "json")
+    except KeyboardInterrupt:
+        raise typer.Exit(exitcodes.INTERRUPTED) from None
 
 
 def stop(

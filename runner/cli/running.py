@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from pathlib import Path
@@ -39,6 +40,9 @@ def submit(
     update: UpdateOption = False,
     detach: Annotated[bool, typer.Option("--detach", help="Return as soon as it runs.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, and start nothing.")] = False,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Lines instead of a view, also on a terminal.")
+    ] = False,
 ) -> None:
     """Start a run, or continue it if it exists."""
     loaded = load(job, param, launcher, store)
@@ -58,7 +62,8 @@ def submit(
             raise typer.Exit(code if code >= 0 else exitcodes.GIVEN_UP)
         typer.echo(f"process {started.pid}; its messages are in {started.log}", err=True)
         return
-    _supervise(loaded, run_id, new, update, begin_from, components)
+    wishes = _wishes(run_id, new, update, begin_from, components)
+    _supervise(loaded, wishes, _audience(plain=plain))
 
 
 def run(
@@ -74,7 +79,7 @@ def run(
 ) -> None:
     """Start or continue a run in the foreground, as PID 1 of a container."""
     loaded = load(job, param, launcher, store)
-    _supervise(loaded, run_id, new, update, begin_from, components)
+    _supervise(loaded, _wishes(run_id, new, update, begin_from, components))
 
 
 def _check(job: Any) -> None:
@@ -92,18 +97,30 @@ def _resolved(job: Any) -> dict[str, Any]:
     return job_as_submitted(job)
 
 
-def _supervise(
-    job: Any,
-    run_id: str | None,
-    new: bool,
-    update: bool,
-    begin_from: str | None,
-    components: str | None,
-) -> None:
-    from runner.supervisor.service import Wishes, supervise
+def _wishes(
+    run_id: str | None, new: bool, update: bool, begin_from: str | None, components: str | None
+) -> Any:
+    from runner.supervisor.service import Wishes
 
     names = tuple(name.strip() for name in (components or "").split(",") if name.strip())
-    raise typer.Exit(supervise(job, Wishes(run_id, new, update, begin_from, names)))
+    return Wishes(run_id, new, update, begin_from, names)
+
+
+def _audience(*, plain: bool) -> Any:
+    """Who looks on: nobody, where the messages go into a file."""
+    from runner.supervisor.detached import DETACHED_VARIABLE
+
+    if DETACHED_VARIABLE in os.environ:
+        return None
+    from runner.views.live import audience
+
+    return audience(plain=plain)
+
+
+def _supervise(job: Any, wishes: Any, audience_of: Any = None) -> None:
+    from runner.supervisor.service import supervise
+
+    raise typer.Exit(supervise(job, wishes, audience_of))
 
 
 def simulate(

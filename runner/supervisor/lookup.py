@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -98,7 +98,7 @@ def find_run(name: str, where: Where = Where()) -> KnownRun:
     if where.store is None:
         for entry in known:
             if entry.run_id == name:
-                return _from_entry(entry)
+                return run_of(entry)
         raise UnknownName("run on this machine", name, [entry.run_id for entry in known])
     opened = _opened(where, known)
     if Ledger(opened, name, "").run() is None:
@@ -110,7 +110,7 @@ def all_runs(where: Where = Where()) -> Iterator[KnownRun]:
     """Every run of a store, or all that were started on this machine."""
     known = index.entries()
     if where.store is None:
-        yield from map(_from_entry, known)
+        yield from map(run_of, known)
         return
     opened = _opened(where, known)
     for name in opened.children(""):
@@ -149,15 +149,26 @@ def overview(where: Where = Where()) -> Iterator[dict[str, Any]]:
         except StoreError as error:
             log.warning("nothing is known of the runs in %s: %s", run.store.url, error)
             out_of_reach.add(run.store.url)
-        yield _status(run, None) | {"phase": "unknown"}
+        yield _status(run, None, run.spool.status()) | {"phase": "unknown"}
 
 
 def status_of(run: KnownRun) -> dict[str, Any]:
     """One look at a run, as plain JSON; live values where a supervisor of this machine has it."""
-    record = run.ledger.latest()
-    status = _status(run, record)
-    board = _board(run) if status["live"] else None
+    published = run.spool.status()
+    board = board_of(run) if published else None
     newest = next(run.archive.manifests(), None)
+    return status_from(run, run.ledger.latest(), newest, board, published)
+
+
+def status_from(
+    run: KnownRun,
+    record: AttemptRecord | None,
+    newest: Manifest | None,
+    board: Board | None,
+    published: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """The same of what has been read already; `published` is what a supervisor here says."""
+    status = _status(run, record, published)
     if newest is not None:
         status |= {
             "last_checkpoint": newest.name,
@@ -175,9 +186,10 @@ def status_of(run: KnownRun) -> dict[str, Any]:
     return status
 
 
-def _status(run: KnownRun, record: AttemptRecord | None) -> dict[str, Any]:
+def _status(
+    run: KnownRun, record: AttemptRecord | None, live: Mapping[str, Any] | None
+) -> dict[str, Any]:
     """What the attempt's record and the supervisor on this machine tell."""
-    live = run.spool.status()
     return {
         "run_id": run.run_id,
         "phase": live["phase"] if live else _phase(record),
@@ -238,12 +250,14 @@ def checkpoint_row(
     }
 
 
-def _from_entry(entry: index.Entry) -> KnownRun:
+def run_of(entry: index.Entry) -> KnownRun:
+    """The run that this machine remembers, with a connection of its own to the store."""
     store = open_store(entry.store, entry.options)
     return KnownRun(entry.run_id, store, Spool(Path(entry.spool)), Path(entry.logs))
 
 
-def _board(run: KnownRun) -> Board | None:
+def board_of(run: KnownRun) -> Board | None:
+    """The board of the trainer that a supervisor of this machine has, if there is one now."""
     try:
         return Board(run.spool.rank.folder / "board")
     except (OSError, RunnerError):

@@ -46,6 +46,7 @@ from runner.supervisor.assignment import (
     policy_for,
     variables_for,
 )
+from runner.supervisor.audience import Audience
 from runner.supervisor.clerk import Clerk
 from runner.supervisor.detached import DETACHED_VARIABLE
 from runner.supervisor.forecast import Forecaster
@@ -89,6 +90,7 @@ class Supervisor:
         spool: Spool,
         ledger: Ledger,
         launcher: Launcher,
+        audience: Audience | None = None,
     ) -> None:
         self._assignment, self._spool, self._ledger = assignment, spool, ledger
         job = assignment.job
@@ -144,6 +146,7 @@ class Supervisor:
             lambda: self._state.deadline is None,
             passes_through=DETACHED_VARIABLE not in os.environ,
             also=[self._points.shipment, self._saves.shipment],
+            audience=audience,
         )
         self._launcher = launcher
         self._trainer = Trainer(
@@ -272,7 +275,10 @@ class Supervisor:
         board.supervisor_pid, board.supervisor_ns = os.getpid(), time.monotonic_ns()
         if not self._first_step_seen and board.first_step_ns:
             self._first_step_seen = True
-            self._clerk.record(first_step_at=_wall_clock(board.first_step_ns / 1e9))
+            self._clerk.record(
+                first_step_at=_wall_clock(board.first_step_ns / 1e9),
+                expected_steps=board.expected_steps or None,
+            )
 
     def _obeyed(self) -> bool:
         board = self._clerk.board
@@ -333,7 +339,7 @@ class Supervisor:
             self._trackers.news()
         if isinstance(event, events.Saved):
             self._last_saved_at = max(event.at, self._last_saved_at or event.at)
-        if self._state.phase is not before.phase:
+        if self._state.phase is not before.phase or isinstance(event, events.Saved):
             self._publish()
         if self._validator is not None:
             self._validator.heard(event, self._state)
@@ -459,6 +465,7 @@ class Supervisor:
             "phase": self._state.phase.value,
             "attempt": self._attempt,
             "cause": self._state.cause,
+            "emergency_seconds": self._state.emergency_seconds,
             "metrics": self._monitor.address,
         }
         try:

@@ -15,8 +15,9 @@ import select
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from runner.logs import lines
 from runner.logs.sink import Patience, Sink
@@ -31,15 +32,34 @@ _PATIENCE = Patience(seconds=2.0, share=0.1)
 _GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ECONNRESET)
 
 STDOUT, STDERR = 1, 2
+_VIEW, _LEAVE = -1, -2  # beside them: what is shown below all else, and that it is over
+_VIEW_SECONDS = 5.0  # after which a view that was to be drawn counts as dropped
+
+
+class Screen(Protocol):
+    """What a terminal shows where a view stands below all that is printed: bytes in, bytes out."""
+
+    def printed(self, source: int, data: bytes) -> bytes:
+        """What to send to the terminal when this was printed."""
+
+    def shown(self, view: Sequence[str]) -> bytes:
+        """What to send when the view has changed."""
+
+    def left(self) -> bytes:
+        """What to send in the end."""
 
 
 class PassThrough:
     """The supervisor's own stdout and stderr. `write` takes bytes for one of the two descriptors.
 
-    Where both are the same file, one buffer serves both, so that their order is kept.
+    Where both are the same file, one buffer serves both, so that their order is kept. With a
+    `screen`, stderr is a terminal, and what goes there goes through it: in the buffer's thread, so
+    that a terminal that stands still holds up nobody.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, screen: Screen | None = None) -> None:
+        self._screen = screen
+        self._view_waits_until = 0.0
         self._closed: set[int] = set()
         self._sinks: dict[int, Sink] = {}
         same: dict[tuple[int, int], Sink] = {}
@@ -51,9 +71,24 @@ class PassThrough:
                     key = place.st_dev, place.st_ino
                     same[key] = self._sinks[target] = same.get(key) or self._sink(target)
 
+        if self._screen is not None and STDERR in self._sinks:
+            self._sinks |= dict.fromkeys((_VIEW, _LEAVE), self._sinks[STDERR])
+
     def write(self, target: int, data: bytes, *, urgent: bool = False) -> None:
         if target in self._sinks:
             self._sinks[target].offer(target, data, urgent=urgent)
+
+    def show(self, view: Sequence[str]) -> None:
+        """Let the lines of a view stand below all else. One that nobody has drawn yet is enough."""
+        now = time.monotonic()
+        if self._screen is not None and now >= self._view_waits_until:
+            self._view_waits_until = now + _VIEW_SECONDS
+            self.write(_VIEW, "\n".join(view).encode(), urgent=True)
+
+    def leave(self) -> None:
+        """The view stays as it is from now on."""
+        if self._screen is not None:
+            self.write(_LEAVE, b"\n", urgent=True)
 
     def flush(self, timeout_seconds: float) -> bool:
         """Wait until all of it is written; whether that is so."""
@@ -78,6 +113,16 @@ class PassThrough:
         )
 
     def _write(self, target: int, data: bytes) -> None:
+        screen, terminal = self._screen, self._sinks.get(STDERR)
+        if screen is not None and self._sinks[target] is terminal:
+            if target == _VIEW:
+                self._view_waits_until = 0.0
+                data = screen.shown(data.decode().split("\n"))
+            elif target == _LEAVE:
+                data, self._screen = screen.left(), None
+            else:
+                data = screen.printed(target, data)
+        target = STDERR if target < 0 else target
         view = memoryview(data)
         while view and target not in self._closed:
             try:

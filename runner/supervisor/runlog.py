@@ -18,6 +18,7 @@ from runner.checkpoint.logs import StoredLogs
 from runner.logs import lines
 from runner.logs.files import LocalLogs, LogLimits, LogWriter
 from runner.logs.sink import Patience, Sink
+from runner.supervisor.audience import Audience
 from runner.supervisor.output import STDERR, Output, PassThrough, inherited_pipes, named_pipes
 from runner.supervisor.shipping import Courier, Shipment
 
@@ -35,7 +36,8 @@ class RunLog:
 
     `may_ship` is asked from another thread: False while everything is for an emergency save.
     Without `passes_through` the trainer's output is in the files only; messages always pass.
-    `also` goes into the store together with the log.
+    `also` goes into the store together with the log. The `audience` is there from `start` to
+    `finish`.
     """
 
     def __init__(
@@ -48,11 +50,12 @@ class RunLog:
         *,
         passes_through: bool = True,
         also: Sequence[Shipment] = (),
+        audience: Audience | None = None,
     ) -> None:
         self._folder, self._limits, self._stored = folder, limits, stored
         self._check_fence, self._may_ship = check_fence, may_ship
         self._passes_through = passes_through or not limits.max_bytes
-        self._also = also
+        self._also, self._audience = also, audience
         self._attempt = 0
         self._lock = threading.Lock()
         self._held: list[bytes] = []
@@ -66,7 +69,7 @@ class RunLog:
 
     def start(self) -> None:
         """From here on messages go the same ways as the trainer's output."""
-        self._through = PassThrough()
+        self._through = PassThrough(None if self._audience is None else self._audience.screen)
         if self._limits.max_bytes:
             self._writer = LogWriter(self._folder, self._limits)
             self._kept = Sink(
@@ -77,6 +80,8 @@ class RunLog:
                 patience=_PATIENCE,
             )
         self._take_messages_over()
+        if self._audience is not None:
+            self._audience.start(self._through)
 
     def begin(self, attempt: int) -> None:
         """What comes from here on is of this attempt."""
@@ -121,6 +126,9 @@ class RunLog:
         A stderr that stands still gets no message any more: saying it would never end.
         """
         deadline = time.monotonic() + timeout_seconds
+        if self._audience is not None and self._through is not None:
+            self._audience.stop()
+            self._through.leave()
         if self._kept is not None:
             self._kept.flush(min(_FLUSH_SECONDS, timeout_seconds))
         if self._courier is not None:

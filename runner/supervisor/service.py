@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -21,7 +21,9 @@ from runner.spool import Spool, new_owner, spool_path
 from runner.store import Store
 from runner.supervisor import index
 from runner.supervisor.assignment import Assignment, LocalFiles
+from runner.supervisor.audience import Audience
 from runner.supervisor.beginning import beginning_of, real_place
+from runner.supervisor.lookup import KnownRun, run_of
 from runner.supervisor.loop import Supervisor
 from runner.supervisor.preflight import (
     check_reachable,
@@ -68,8 +70,13 @@ def usable_store_of(job: Job) -> Store:
     return store
 
 
-def supervise(job: Job, wishes: Wishes) -> int:
-    """Run a job, or continue it; the exit code. UsageError before anything is written."""
+def supervise(
+    job: Job, wishes: Wishes, audience_of: Callable[[KnownRun], Audience] | None = None
+) -> int:
+    """Run a job, or continue it; the exit code. UsageError before anything is written.
+
+    `audience_of` makes whoever looks on, when it is known which run it is.
+    """
     check_launchable(job)
     if (wishes.begin_from or "").startswith(locate.SCHEME):
         place = locate.place_of(str(wishes.begin_from), job.tracking, job.workdir)
@@ -104,11 +111,13 @@ def supervise(job: Job, wishes: Wishes) -> int:
         raise UsageError(f"the store cannot be written: {error}") from error
     logs = str(index.logs_of(run_id, store.url))
     options = asdict(s3_options(job)) if is_s3(store.url) else None
-    index.remember(index.Entry(run_id, store.url, str(spool.path), logs, utc_now(), options))
+    entry = index.Entry(run_id, store.url, str(spool.path), logs, utc_now(), options)
+    index.remember(entry)
     log.info("run %s: checkpoints in %s", run_id, store.url)
     files = LocalFiles(index.files_of(run_id, store.url))
     launcher = site.launcher(run_id, Places(spool.path, files.outputs, files.slots))
-    return Supervisor(found, store, spool, ledger, launcher).run()
+    audience = None if audience_of is None else audience_of(run_of(entry))
+    return Supervisor(found, store, spool, ledger, launcher, audience).run()
 
 
 def _state_bytes(store: Store, run_id: str) -> int | None:

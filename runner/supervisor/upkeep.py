@@ -12,6 +12,7 @@ import socket
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -106,14 +107,9 @@ def plan(run: KnownRun) -> list[Fate]:
     moments = [manifest.moment for manifest in manifests.values()]
     latest = run.ledger.latest()
     restored = None if latest is None else latest.resumed_from
-    pinned, keep = pins(run.store, run.run_id), _keep(run)
-    protected = {*pinned, *([restored] if restored else [])}
-    verdicts = _verdicts(run, manifests)
-    going: set[str] = set()
-    why: dict[str, tuple[str, ...]] = {}
-    for group in counted_apart(moments, run.ledger.look_for_gone_back(), verdicts):
-        going |= {str(m.name) for m in superfluous(group, keep, protected, verdicts)}
-        why |= reasons(group, keep, pinned, restored, verdicts)
+    gone_back = run.ledger.look_for_gone_back()
+    pinned = pins(run.store, run.run_id)
+    going, why = decided(run, run.ledger.run() or {}, moments, restored, gone_back, pinned)
     fates = [
         Fate(
             name,
@@ -125,6 +121,30 @@ def plan(run: KnownRun) -> list[Fate]:
     ]
     fates += [Fate(name, True, ("it has no manifest",), 0) for name in remains]
     return sorted(fates, key=lambda fate: CheckpointName.parse(fate.name) or (), reverse=True)
+
+
+def decided(
+    run: KnownRun,
+    document: Mapping[str, Any],
+    moments: Sequence[Moment],
+    restored: str | None,
+    gone_back: Collection[str],
+    pinned: Collection[str],
+) -> tuple[set[str], dict[str, tuple[str, ...]]]:
+    """Which checkpoints no rule keeps, and for the others, why they stay.
+
+    `document` is `run.json`, `restored` what the newest attempt began from. UsageError if the
+    policy cannot be known.
+    """
+    keep = keep_of(document, run.run_id)
+    verdicts = verdicts_of(run, document, [str(moment.name) for moment in moments])
+    protected = {*pinned, *([restored] if restored else [])}
+    going: set[str] = set()
+    why: dict[str, tuple[str, ...]] = {}
+    for group in counted_apart(moments, gone_back, verdicts):
+        going |= {str(m.name) for m in superfluous(group, keep, protected, verdicts)}
+        why |= reasons(group, keep, pinned, restored, verdicts)
+    return going, why
 
 
 def clean(run: KnownRun, *, force: bool = False) -> list[Fate]:
@@ -178,9 +198,10 @@ def export(run: KnownRun, which: str, folder: Path) -> Manifest:
         return copy_files(run.archive, run.find_checkpoint(which), partial)
 
 
-def _verdicts(run: KnownRun, names: Iterable[str]) -> dict[str, Verdict]:
+def verdicts_of(
+    run: KnownRun, document: Mapping[str, Any], names: Iterable[str]
+) -> dict[str, Verdict]:
     """How they were validated, if the job wants that: else it says nothing of what is kept."""
-    document = run.ledger.run() or {}
     try:
         validates = document["job"]["checkpoint"].get("validate") is not None
     except (KeyError, TypeError, AttributeError):
@@ -189,14 +210,13 @@ def _verdicts(run: KnownRun, names: Iterable[str]) -> dict[str, Verdict]:
     return {name: one.verdict for name, one in found.items() if one is not None}
 
 
-def _keep(run: KnownRun) -> Keep:
+def keep_of(document: Mapping[str, Any], run_id: str) -> Keep:
     """The policy of the job as it was submitted last. UsageError where it cannot be known."""
-    document = run.ledger.run() or {}
     try:
         return policy_of(job.Keep.model_validate(document["job"]["checkpoint"]["keep"]))
     except (KeyError, TypeError, ValidationError) as error:
         raise UsageError(
-            f"run.json of run {run.run_id} does not say which checkpoints to keep; nothing is "
+            f"run.json of run {run_id} does not say which checkpoints to keep; nothing is "
             "deleted. Submit the run once with this version of runner"
         ) from error
 

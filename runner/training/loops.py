@@ -151,6 +151,7 @@ class BatchIterator:
         course.begin_step()
         if saved is None:
             self._stream, _ = course.streams.find(loader)
+            self._expect()
             return
         self._stream, stream = course.streams.find(loader, saved["stream"])
         if saved["pass"] is not None:
@@ -171,6 +172,18 @@ class BatchIterator:
             self._forwarding = False
         self._returning = False
         self._course.arrive()
+        self._expect()
+
+    def _expect(self) -> None:
+        """Tell how many steps the run will have, if all epochs have one loop, and it is this."""
+        board, place = self._course.session.board, self._course.place
+        each = self._loop.steps
+        if each is None:
+            _, batches = self.shape()
+            each = None if batches is None else -(-batches // self._loop.accumulate)
+        if each is not None:
+            epochs_left = board.epochs - place.epoch if place.in_epoch else 1
+            board.expected_steps = max(0, place.step - self._steps + each * epochs_left)
 
     def _body_ended(self) -> None:
         if not self._pending:
@@ -291,4 +304,6 @@ class StepLoop:
         except LoopOver:
             self._over = True
             raise StopIteration from None
+        if not self._course.place.in_epoch:
+            self._course.session.board.expected_steps = self._total
         self._course.arrive()
