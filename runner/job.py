@@ -79,6 +79,7 @@ _SWITCHES: frozenset[KeyPath] = frozenset(
         ("checkpoint", "compression"),
         ("resources", "memory_guard"),
         ("metrics", "port"),
+        ("provenance", "diff"),
     }
 )
 _RUN_ID = r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}"
@@ -132,6 +133,12 @@ def _place_of(key: str, own: object) -> KeyPath:
     parts = tuple(key.split("."))
     is_of_job = parts[0] == "tracking" and len(parts) > 1 and "tracking" not in names
     return parts if is_of_job else ("params", *parts)
+
+
+def submitted(path: Path) -> dict[str, Any]:
+    """What a job file itself says, without defaults; it was loaded before, so it can be read."""
+    root = read_job_file(path, _SWITCHES).root
+    return root if isinstance(root, dict) else {}
 
 
 def _validated(file: JobFile, workdir: Path | None) -> Job | None:

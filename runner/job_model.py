@@ -23,6 +23,7 @@ from pydantic import (
 from runner.job_container import Image, Mount, Network, User, each_target_once, needed
 from runner.job_kubernetes import Kubernetes
 from runner.job_metrics import Cost, Metrics
+from runner.job_provenance import Provenance
 from runner.job_resources import Resources
 from runner.job_store import S3, STORE_PATTERN, is_s3, store_location
 from runner.job_tracking import Tracking
@@ -395,6 +396,7 @@ class Job(Part):
     restart: Restart = Restart()
     health: Health = Health()
     outputs: Outputs = Outputs()
+    provenance: Provenance = Provenance()
     resources: Resources = Resources()
     logs: Logs = Logs()
     metrics: Metrics = Metrics()

@@ -47,6 +47,7 @@ SPOOL_PREFIX = "runner-"
 Owner = tuple[int, int]
 """A user and a group, by their numbers."""
 _MAX_JSON_BYTES = 64 << 20
+FACTS_FILE = "facts.json"  # where a checkpoint comes from, as far as only the trainer knows
 _LOCK_TRIES, _LOCK_SECONDS = 5, 0.01
 _SLOT_MARKER = re.compile(r"slot-([0-9])\.json")
 
@@ -243,6 +244,10 @@ class RankSpool:
 
     def _put(self, name: str, content: Mapping[str, Any]) -> None:
         _replace(self.folder / name, _dump(content), self.owner)
+
+    def read(self, name: str) -> dict[str, Any]:
+        """A message that stays; empty if there is none."""
+        return read_json(self.folder / name) or {}
 
     def take(self, name: str) -> dict[str, Any] | None:
         """Read a message and remove it."""

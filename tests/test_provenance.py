@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -15,13 +16,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runner.checkpoint import provenance
+from runner.checkpoint.code import changes
 from runner.checkpoint.provenance import (
     collect,
     git_state,
     installed_packages,
+    keep_changes,
     mask_command,
     mask_secrets,
 )
+from runner.store import DirectoryStore
 
 UNKNOWN = {"commit": None, "branch": None, "dirty": None}
 
@@ -44,6 +48,69 @@ def repository(tmp_path: Path) -> Path:
 
 
 # ---------------------------------------------------------------- git
+
+
+def digest_of(folder: Path) -> str:
+    found = changes(folder)
+    assert found is not None
+    return found.digest
+
+
+def test_changes_have_one_digest_that_follows_all_of_them(repository: Path) -> None:
+    seen = {digest_of(repository)}
+    change(repository)
+    seen.add(digest_of(repository))
+    (repository / "new.py").write_text("1")
+    seen.add(digest_of(repository))
+    (repository / "new.py").write_text("2")
+    seen.add(digest_of(repository / "."))
+    (repository / "new.py").rename(repository / "newer.py")
+    seen.add(digest_of(repository))
+
+    assert len(seen) == 5
+
+
+def test_the_same_changes_elsewhere_are_the_same(repository: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(repository, copy)
+    for folder in (repository, copy):
+        change(folder)
+        (folder / "new.py").write_text("1")
+
+    assert digest_of(repository) == digest_of(copy)
+
+
+def test_dirty_facts_name_the_changes(repository: Path) -> None:
+    change(repository)
+    (repository / "new.py").touch()
+
+    git_facts = collect(repository, [])["git"]
+
+    assert git_facts["dirty"] is True
+    assert git_facts["diff"] == digest_of(repository)
+    assert (git_facts["untracked"], git_facts["untracked_files"]) == (["new.py"], 1)
+
+
+def test_changes_are_kept_where_that_is_wanted_and_without_secrets(
+    repository: Path, tmp_path: Path
+) -> None:
+    store = DirectoryStore(tmp_path / "store")
+    (repository / "train.py").write_text('token = "hf_abcdefghijklmnopqrstuvwxyz"\n')
+
+    keep_changes(store, "run", repository)
+
+    (kept,) = store.children("run/diffs")
+    assert kept == f"{digest_of(repository)}.patch"
+    patch = store.read(f"run/diffs/{kept}", 1 << 20).decode()
+    assert '+token = "***"' in patch
+    assert "-print()" in patch
+
+
+def test_a_clean_repository_has_no_changes_to_keep(repository: Path, tmp_path: Path) -> None:
+    keep_changes(DirectoryStore(tmp_path / "store"), "run", repository)
+    keep_changes(DirectoryStore(tmp_path / "store"), "run", tmp_path)
+
+    assert not (tmp_path / "store").exists()
 
 
 def test_a_clean_repository_is_its_commit(repository: Path) -> None:

@@ -410,6 +410,55 @@ def test_the_same_facts_are_there_for_people(finished: Node) -> None:
     ]
 
 
+def test_a_checkpoint_says_where_it_comes_from(finished: Node) -> None:
+    provenance = finished.call("checkpoints", "show", "job", "-o", "json").json["provenance"]
+    shown = finished.call("checkpoints", "show", "job").out
+
+    assert provenance["params"]["epochs"] == 2
+    assert provenance["job"]["command"][-1].endswith("trains.py")
+    assert provenance["seeds"] == {"torch": 7}
+    assert provenance["environment"]["OMP_NUM_THREADS"] == "1"
+    assert provenance["model"]["model"]["parameters"] == 65
+    assert {"git", "packages", "python", "torch", "cuda", "cudnn", "driver", "gpus", "cpu", "host",
+            "settings"} <= set(provenance)  # fmt: skip
+    assert re.search(r"^model +model: torch.nn.*Sequential, 65 parameters", shown, re.MULTILINE)
+    assert "      0: Linear(in_features=6, out_features=8, bias=True)  56" in shown
+    run = json.loads((finished.store_folder / "job" / "run.json").read_text())
+    assert run["submitted"]["checkpoint"] != run["job"]["checkpoint"]  # without the defaults
+    assert run["submitted"]["name"] == run["job"]["name"] == "job"
+
+
+def test_what_two_checkpoints_differ_in_is_told(finished: Node) -> None:
+    told = finished.call("checkpoints", "diff", "job:8", "job", "-o", "json").json
+    text = finished.call("checkpoints", "diff", "job:8", ":24", "--no-tensors").out
+
+    assert [told["before"], told["after"]] == [
+        f"job:{next(m.name for m in finished.manifests() if m.moment.step == step)}"
+        for step in (8, 24)
+    ]
+    assert {fact["section"] for fact in told["facts"]} == {"place", "metrics"}
+    weights = [t["name"] for t in told["tensors"] if t["file"] == "model.safetensors"]
+    assert weights == ["0.bias", "0.weight", "3.bias", "3.weight"]
+    assert all(t["norm"] > 0 for t in told["tensors"])
+    assert "  step: 8 -> 24" in text
+    assert "tensors" not in text
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "message"),
+    [("jb", "job", "there is no run on this machine 'jb'; did you mean job"),
+     ("job", "job:9", "there is no checkpoint of run job '9'"),
+     ("job:lates", ":8", "did you mean")],
+)  # fmt: skip
+def test_nothing_is_compared_with_what_is_not_there(
+    finished: Node, one: str, other: str, message: str
+) -> None:
+    called = finished.call("checkpoints", "diff", one, other)
+
+    assert (called.code, called.out) == (2, "")
+    assert message in called.err
+
+
 def test_a_checkpoint_is_found_by_step_by_name_and_as_the_best(finished: Node) -> None:
     def shown(*which: str) -> dict[str, Any]:
         document = finished.call("checkpoints", "show", "job", *which, "-o", "json").json

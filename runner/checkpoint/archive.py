@@ -138,7 +138,8 @@ class Archive:
         if CheckpointName.parse(which) in self.names():
             return self.manifest(which)
         steps = [str(manifest.moment.step) for manifest in manifests.values()]
-        raise UnknownName(f"checkpoint of run {self.run_id}", which, [*manifests, *steps])
+        names = [*manifests, *steps, *(("latest", "best") if manifests else ())]
+        raise UnknownName(f"checkpoint of run {self.run_id}", which, names)
 
     def validation(self, name: str) -> Validation | None:
         """What came of trying a checkpoint; None if it was not tried. One request."""

@@ -36,7 +36,7 @@ from runner.errors import (
     UsageError,
 )
 from runner.memory import available_bytes, slots_that_fit
-from runner.spool import Marker, RankSpool, read_marker, view_slot
+from runner.spool import FACTS_FILE, Marker, RankSpool, read_marker, view_slot
 
 log = logging.getLogger(__name__)
 
@@ -345,9 +345,8 @@ class Keeper:
             )
             files = weights_alone(files, marker.weights.components)
         try:
-            manifest = self._persister.persist(
-                moment, files, marker.facts, self._watch(marker, files)
-            )
+            facts = {**self._rank.read(FACTS_FILE), **marker.facts}
+            manifest = self._persister.persist(moment, files, facts, self._watch(marker, files))
         except BaseException:
             self._claims.release(slot, must=True)
             raise

@@ -8,6 +8,7 @@ listing the folders of installed packages; it changes nothing, and may run in a 
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import re
@@ -18,20 +19,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from runner.checkpoint.code import GIT_LOCATIONS, MAX_PATCH_BYTES, changes
+from runner.errors import StoreError
+from runner.store import Store
+
+log = logging.getLogger(__name__)
+
 GIT_TIMEOUT_SECONDS = 5.0
 MASK = "***"
-
-# Set where a hook or an alias of git has started us: they would name another repository.
-_GIT_LOCATIONS = (
-    "GIT_DIR",
-    "GIT_WORK_TREE",
-    "GIT_COMMON_DIR",
-    "GIT_INDEX_FILE",
-    "GIT_OBJECT_DIRECTORY",
-    "GIT_ALTERNATE_OBJECT_DIRECTORIES",
-    "GIT_NAMESPACE",
-    "GIT_PREFIX",
-)
 
 # https://git-scm.com/docs/git-status#_porcelain_format_version_2
 _GIT_STATUS = (
@@ -44,9 +39,12 @@ def collect(workdir: Path, command: Sequence[str]) -> dict[str, Any]:
     """The facts about this machine, this Python and the code in `workdir`, as plain JSON.
 
     `host`, `platform`; `cpu`: `model`, `count`, and `usable` by this process; `python`: `version`
-    and `implementation`; `git`: `commit`, `branch`, `dirty` (see `git_state`); `packages`: versions
-    by normalized name; `command`, masked. What the trainer alone can know is not here.
+    and `implementation`; `git`: `commit`, `branch`, `dirty` (see `git_state`), and what `changes`
+    there are; `packages`: versions by normalized name; `command`, masked. What the trainer alone
+    can know is not here.
     """
+    git = git_state(workdir)
+    found = changes(workdir) if git["dirty"] else None
     return {
         "host": socket.gethostname(),
         "platform": platform.platform(),
@@ -59,10 +57,29 @@ def collect(workdir: Path, command: Sequence[str]) -> dict[str, Any]:
             "version": platform.python_version(),
             "implementation": platform.python_implementation(),
         },
-        "git": git_state(workdir),
+        "git": git if found is None else {**git, **found.to_json()},
         "packages": installed_packages(),
         "command": mask_command(command),
     }
+
+
+def keep_changes(store: Store, run_id: str, workdir: Path) -> None:
+    """Store the patch as `<run>/diffs/<digest>.patch`, once; what looks like a secret is masked.
+
+    A warning says so where that cannot be.
+    """
+    found = changes(workdir)
+    if found is None or not (found.patch or found.untracked):
+        return
+    if len(found.patch) > MAX_PATCH_BYTES:
+        log.warning("the uncommitted changes have %.0f MB and are not kept", len(found.patch) / 1e6)
+        return
+    text = _mask_text(found.patch.decode(errors="surrogateescape"))
+    try:
+        key = f"{run_id}/diffs/{found.digest}.patch"
+        store.create(key, text.encode(errors="surrogateescape"))
+    except StoreError as error:
+        log.warning("the uncommitted changes could not be kept: %s", error)
 
 
 def git_state(workdir: Path) -> dict[str, Any]:
@@ -73,7 +90,7 @@ def git_state(workdir: Path) -> dict[str, Any]:
     there is no repository, or it belongs to somebody else (`safe.directory`). `branch` is null for
     a detached head, `commit` before the first one. One call, which takes no lock and runs no hook.
     """
-    environment = {name: v for name, v in os.environ.items() if name not in _GIT_LOCATIONS}
+    environment = {name: v for name, v in os.environ.items() if name not in GIT_LOCATIONS}
     try:
         status = subprocess.run(
             _GIT_STATUS,

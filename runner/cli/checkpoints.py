@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,6 +21,7 @@ from runner.cli.common import (
     print_json,
     print_rows,
 )
+from runner.cli.describing import compared, described
 
 app = typer.Typer(no_args_is_help=True, help="What is saved, and whether it is sound.")
 
@@ -77,22 +79,49 @@ def show_checkpoint(
     if output == "json":
         print_json(document)
         return
-    for key, value in document.items():
-        if key == "validation":
-            typer.echo(f"{key:<20} {_validation_text(value)}")
-        elif key == "files":
-            for file in value:
-                typer.echo(f"{'file':<20} {file['name']} {file['size']} bytes {file['digest']}")
-        else:
-            typer.echo(f"{key:<20} {json.dumps(value)}")
+    for line in described(document):
+        typer.echo(line)
 
 
-def _validation_text(validation: dict[str, Any] | None) -> str:
-    if validation is None:
-        return "not tried"
-    reason = validation["reason"] and f": {validation['reason']}"
-    metrics = ", ".join(f"{name} {value}" for name, value in validation["metrics"].items())
-    return f"{validation['verdict']}{reason} ({metrics or 'no metrics'})"
+@app.command("diff")
+def diff_checkpoints(
+    one: Annotated[str, typer.Argument(metavar="RUN[:WHICH]", help="latest, if none is named.")],
+    other: Annotated[str, typer.Argument(metavar="RUN[:WHICH]|:WHICH")],
+    store: StoreOption = None,
+    s3_endpoint: EndpointOption = None,
+    s3_region: RegionOption = None,
+    s3_ca_bundle: BundleOption = None,
+    tensors: Annotated[
+        bool, typer.Option("--tensors/--no-tensors", help="Read and compare the tensors, too.")
+    ] = True,
+    output: OutputOption = "text",
+) -> None:
+    """What changed from one checkpoint to another: config, code, data, environment, tensors."""
+    from runner.checkpoint.comparing import Side, changed_tensors
+    from runner.checkpoint.differences import changed_facts
+
+    def side(text: str, same_run: str) -> Side:
+        run, _, which = text.partition(":")
+        found = found_run(run or same_run, store, s3_endpoint, s3_region, s3_ca_bundle)
+        return Side(found.archive, found.find_checkpoint(which or "latest"))
+
+    sides = side(one, ""), side(other, one.partition(":")[0])
+    manifests = [each.manifest for each in sides]
+    facts = [asdict(change) for change in changed_facts(*manifests)]
+    found = [asdict(tensor) for tensor in changed_tensors(*sides)] if tensors else []
+    for tensor in found:
+        finite = {k: _json_number(v) for k, v in tensor.items() if isinstance(v, float)}
+        tensor |= finite
+    names = [f"{each.archive.run_id}:{each.manifest.name}" for each in sides]
+    if output == "json":
+        print_json({"before": names[0], "after": names[1], "facts": facts, "tensors": found})
+        return
+    for line in compared(names, facts, found):
+        typer.echo(line)
+
+
+def _json_number(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)
 
 
 @app.command("verify")

@@ -62,7 +62,7 @@ def submit(
             raise typer.Exit(code if code >= 0 else exitcodes.GIVEN_UP)
         typer.echo(f"process {started.pid}; its messages are in {started.log}", err=True)
         return
-    wishes = _wishes(run_id, new, update, begin_from, components)
+    wishes = _wishes(job, run_id, new, update, begin_from, components)
     _supervise(loaded, wishes, _audience(plain=plain))
 
 
@@ -79,7 +79,7 @@ def run(
 ) -> None:
     """Start or continue a run in the foreground, as PID 1 of a container."""
     loaded = load(job, param, launcher, store)
-    _supervise(loaded, _wishes(run_id, new, update, begin_from, components))
+    _supervise(loaded, _wishes(job, run_id, new, update, begin_from, components))
 
 
 def _check(job: Any) -> None:
@@ -98,12 +98,18 @@ def _resolved(job: Any) -> dict[str, Any]:
 
 
 def _wishes(
-    run_id: str | None, new: bool, update: bool, begin_from: str | None, components: str | None
+    path: Path,
+    run_id: str | None,
+    new: bool,
+    update: bool,
+    begin_from: str | None,
+    components: str | None,
 ) -> Any:
+    from runner.job import submitted
     from runner.supervisor.service import Wishes
 
     names = tuple(name.strip() for name in (components or "").split(",") if name.strip())
-    return Wishes(run_id, new, update, begin_from, names)
+    return Wishes(run_id, new, update, begin_from, names, submitted(path))
 
 
 def _audience(*, plain: bool) -> Any:

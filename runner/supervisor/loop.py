@@ -29,9 +29,9 @@ from runner.checkpoint.keeper import Keeper, is_foreign
 from runner.checkpoint.logs import StoredLogs
 from runner.checkpoint.outputs import Outputs
 from runner.checkpoint.persist import Persister
-from runner.checkpoint.provenance import collect
+from runner.checkpoint.provenance import collect, keep_changes, mask_secrets
 from runner.errors import RunnerError, SpoolError, UsageError
-from runner.job import is_s3, resolved_command
+from runner.job import is_s3, job_as_submitted, resolved_command
 from runner.launch.base import Launcher
 from runner.logs.files import LogLimits
 from runner.notices import Watch
@@ -97,6 +97,7 @@ class Supervisor:
         self._job = job
         self._events: queue.SimpleQueue[events.Event] = queue.SimpleQueue()
         self._provenance: dict[str, Any] = {}
+        self._submitted = mask_secrets(job_as_submitted(job))
         self._rank = spool.rank
         self._files = LocalFiles(index.files_of(assignment.run_id, store.url))
         best, policy = job.checkpoint.keep.best, policy_for(assignment)
@@ -104,7 +105,7 @@ class Supervisor:
             store,
             ledger,
             policy_of(job.checkpoint.keep),
-            lambda: {**self._provenance, **self._trackers.provenance},
+            lambda: {"job": self._submitted, **self._provenance, **self._trackers.provenance},
             compresses=job.checkpoint.compression is not None,
             validates=job.checkpoint.validation is not None,
         )
@@ -442,6 +443,8 @@ class Supervisor:
         facts = collect(self._job.workdir, resolved_command(self._job))
         self._provenance = {**facts, **self._launcher.provenance()}
         self._clerk.note_provenance(self._provenance)
+        if self._job.provenance.diff:
+            keep_changes(self._store, self._assignment.run_id, self._job.workdir)
 
     def _remove_abandoned(self) -> None:
         path = self._spool.path

@@ -47,6 +47,8 @@ class Wishes:
     update: bool = False
     begin_from: str | None = None
     components: tuple[str, ...] = ()
+    submitted: Mapping[str, Any] | None = None
+    """What the job file itself says, for the run's record."""
 
 
 def run_id_for(job: Job, wishes: Wishes, store: Store) -> str:
@@ -174,6 +176,7 @@ def _write_run(
         "created_at": utc_now(),
         "runner": __version__,
         "job": mask_secrets(job_as_submitted(job)),
+        "submitted": mask_secrets(wishes.submitted or {}),
     }
     if known is None:
         which = wishes.begin_from
@@ -182,7 +185,8 @@ def _write_run(
         document |= {} if image is None else {"image": dict(image)}
         ledger.begin(document)
         return
-    now = {**known, "job": document["job"]} | ({} if image is None else {"image": dict(image)})
+    now = {**known, "job": document["job"], "submitted": document["submitted"]}
+    now |= {} if image is None else {"image": dict(image)}
     if now != known:
         ledger.amend(now)
 

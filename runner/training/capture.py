@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from runner.errors import RestoreError, UnknownName
 from runner.training.components import (
@@ -53,8 +54,13 @@ class TrainingState:
     @property
     def modules(self) -> list[str]:
         """The names of the components that are modules: those with weights."""
+        return list(self.models)
+
+    @property
+    def models(self) -> dict[str, nn.Module]:
+        """The components that are modules, by name."""
         parts = self.components.items()
-        return [name for name, part in parts if isinstance(part, ModuleComponent)]
+        return {name: part.module for name, part in parts if isinstance(part, ModuleComponent)}
 
     def encode(self, progress: Mapping[str, Any]) -> tuple[dict[str, Json], TensorSink]:
         """The content of `state.json`, and the live tensors that go beside it.

@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from runner.checkpoint.provenance import mask_secrets
 from runner.training.alone import open_alone
 from runner.training.capture import TrainingState
 from runner.training.course import Course
+from runner.training.facts import architecture, plain
+from runner.training.fingerprint import fingerprint
 from runner.training.kernels import settle_kernels
 from runner.training.loops import BatchLoop, EpochLoop, StepLoop
 from runner.training.params import all_params
@@ -119,6 +122,25 @@ class Run:
         if metrics:
             self._course.log(metrics)
 
+    def note(self, **facts: Any) -> None:
+        """Tell where checkpoints come from, for their manifests: plain values, masked if secret.
+
+        Such as the arguments that a model was made with: `run.note(model=asdict(config))`.
+        """
+        for name, fact in plain(mask_secrets(facts)).items():
+            self._course.session.facts.add("notes", name, fact)
+
+    def fingerprint(self, source: Any, *, name: str = "data") -> str:
+        """Which data this run sees, for the manifests: a digest by content, which is given.
+
+        `source` is a path of a file or a folder, or holds plain values, arrays or tensors. Files
+        are read once, and again only if their size or time has changed; of what DVC has noted, its
+        digest is taken. Raises OSError if a path cannot be read, TypeError for other objects.
+        """
+        found = fingerprint(source, self.alive)
+        self._course.session.facts.add("dataset", name, found)
+        return str(found["digest"])
+
     def save(self) -> None:
         """Ask for a checkpoint at the next boundary."""
         self._course.ask_to_save()
@@ -182,6 +204,8 @@ def attach(*, state: dict[Any, Any] | None = None, **stateful: Any) -> Run:
         if spool
         else open_alone(watch.optimizers)
     )
+    models = {name: architecture(model) for name, model in training_state.models.items()}
+    session.facts.tell(model=models)
     course = Course(session, training_state, watch)
     resumed_from = None
     saved = session.saved_state()

@@ -6,7 +6,6 @@ import contextlib
 import faulthandler
 import logging
 import os
-import platform
 import signal
 import threading
 import time
@@ -26,6 +25,7 @@ from runner.exitcodes import PREEMPTED
 from runner.plan import Plan
 from runner.points import Point, PointWriter
 from runner.spool import Marker, RankSpool, Weights, read_json
+from runner.training.facts import Facts
 from runner.training.lifeline import Lifeline
 from runner.training.overlap import Overlap, engine_for_this_machine
 from runner.training.preempted import Preempted
@@ -72,7 +72,7 @@ class Session:
         self.slots = SlotMemory(self.rank, self.plan.slots, disk)
         self._overlap = Overlap(engine_for_this_machine(), optimizers, enabled=self.plan.overlap)
         self._writer = SnapshotWriter(self.rank, self.slots, self._overlap, self._wait_for_slot)
-        self._facts = trainer_facts()
+        self.facts = Facts(self.rank)
         self._saves = 0
         self._complain_at = 0.0
         self._fetches = 0
@@ -142,7 +142,7 @@ class Session:
         try:
             with self._saving():
                 taken = self._writer.take(
-                    numbered, document, sink, self._facts, beside=beside, weights=alone
+                    numbered, document, sink, {}, beside=beside, weights=alone
                 )
         except SpoolFull as error:
             if not self._saves or "final" in numbered.triggers:
@@ -228,19 +228,6 @@ class Session:
         if not self.rank.claimed():
             raise Preempted(Why.PREEMPTION.trigger)
         self.rank.recover_claims()
-
-
-def trainer_facts() -> dict[str, Any]:
-    """What only the trainer knows of where a checkpoint comes from."""
-    cuda = torch.cuda.is_available()
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        if cuda
-        else [],
-    }
 
 
 def _leave_signals_to_the_supervisor() -> None:

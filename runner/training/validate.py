@@ -140,9 +140,9 @@ def _give_way() -> None:
         os.nice(_NICENESS)
     with contextlib.suppress(OSError, AttributeError):
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-    import psutil
+    with contextlib.suppress(ImportError, OSError, AttributeError):
+        import psutil
 
-    with contextlib.suppress(OSError, AttributeError, psutil.Error):
         psutil.Process().ionice(psutil.IOPRIO_CLASS_IDLE)
 
 
