@@ -11,6 +11,7 @@ from enum import IntEnum
 from pathlib import Path
 
 from runner.errors import SpoolError
+from runner.histogram import BUCKETS, bucket_of
 
 _BOARD_BYTES = 4096
 _MAGIC = 0x52554E4E4552_0001  # "RUNNER", version 1
@@ -38,6 +39,20 @@ class Why(IntEnum):
         return self.name.lower()
 
 
+class Account(IntEnum):
+    """What the trainer's time goes into, from `attach` on; each has its word on the board."""
+
+    STARTUP = 0
+    RESTORE = 1
+    PRODUCTIVE = 2
+    STALL = 3
+    VALIDATION = 4
+
+    @property
+    def word(self) -> str:
+        return f"{self.name.lower()}_us"
+
+
 class _Word:
     """One aligned 8-byte field of the board: a plain memory access, so it is never seen torn."""
 
@@ -49,6 +64,35 @@ class _Word:
 
     def __set__(self, board: Board, value: int) -> None:
         board.words[self._index] = value
+
+
+class _Durations:
+    """A histogram of durations: a word for each bucket of `runner.histogram`, then microseconds."""
+
+    WORDS = BUCKETS + 1
+
+    def __init__(self, index: int) -> None:
+        self._index = index
+
+    def __get__(self, board: Board, owner: type) -> Durations:
+        return Durations(board.words, self._index)
+
+
+class Durations:
+    """One histogram of a board."""
+
+    def __init__(self, words: memoryview, index: int) -> None:
+        self._words, self._index = words, index
+
+    def observe(self, seconds: float) -> None:
+        """Count a duration; for the writer alone."""
+        self._words[self._index + bucket_of(seconds)] += 1
+        self._words[self._index + BUCKETS] += int(1e6 * seconds)
+
+    def read(self) -> tuple[list[int], float]:
+        """The counts, and the sum in seconds."""
+        words = self._words[self._index : self._index + BUCKETS + 1].tolist()
+        return words[:BUCKETS], words[BUCKETS] / 1e6
 
 
 class Board:
@@ -66,13 +110,19 @@ class Board:
     restored = _Word(8)  # 1 when the state is in place and the slot it came from may be used again
     answered = _Word(9)  # the number of the last request that was obeyed
     first_step_ns = _Word(10)  # when this attempt finished its first step
-    productive_us = _Word(11)  # microseconds of steps since the attempt began
+    productive_us = _Word(11)  # microseconds of steps since the attempt began, see `Account`
     held = _Word(12)  # 1 while the trainer waits at the boundary named by `hold_at_step`
     epochs = _Word(13)  # of the whole run, 0 where the script has no epochs
     finished = _Word(14)  # 1 after the run's last boundary
     step_us = _Word(15)  # microseconds that the last step took
     sick_since = _Word(16)  # first step whose metrics are not finite, plus one; 0: they are
     sick_steps = _Word(17)  # for how many steps they have not been
+    stall_us = _Word(18)
+    validation_us = _Word(19)
+    restore_us = _Word(20)
+    startup_us = _Word(21)  # since `attach`; nothing before that is on the board
+    account = _Word(22)  # what the time goes into now
+    account_ns = _Word(23)  # since when; 0 before `attach`, and while the words change
     expected_steps = _Word(60)  # of the whole run, as it seems now; 0: it cannot be known
 
     request_number = _Word(64)
@@ -84,6 +134,9 @@ class Board:
     persisted_step = _Word(70)  # newest durable step, plus one; 0 is none
     interval_ms = _Word(71)  # between two saves, where the job leaves it to the supervisor
     prepared = _Word(72)  # 1 when what the attempt begins from lies in the spool
+
+    stalls = _Durations(128)  # what the loop waited at boundaries with a snapshot; the trainer's
+    steps = _Durations(160)  # what the steps took; the trainer's
 
     def __init__(self, path: Path) -> None:
         with path.open("r+b") as file:

@@ -37,7 +37,11 @@ def test_every_field_has_a_word_of_its_own_in_the_block_of_its_writer() -> None:
     assert len(set(WORDS.values())) == len(WORDS)
     assert {name for name, index in WORDS.items() if index >= 64} == supervisors
     assert min(WORDS.values()) >= 2  # the first ones say what it is
-    assert max(WORDS.values()) * 8 < module._PHASE_AT
+    starts = sorted(d._index for d in vars(Board).values() if isinstance(d, module._Durations))
+    ends = [start + module._Durations.WORDS for start in starts]
+    assert max(WORDS.values()) < starts[0]
+    following = [*starts[1:], module._PHASE_AT // 8]
+    assert all(end <= start for end, start in zip(ends, following, strict=True))
     assert module._PHASE_AT + module._PHASE_BYTES <= module._BOARD_BYTES
 
 
@@ -146,3 +150,15 @@ def test_what_is_no_board_is_refused(rank: RankSpool, content: bytes) -> None:
 
     with pytest.raises(SpoolError):
         Board(rank.folder / "board")
+
+
+def test_durations_are_counted_in_buckets_on_the_board(rank: RankSpool) -> None:
+    board = rank.prepare()
+    for seconds in (0.0005, 0.001, 0.0011, 700.0):
+        board.stalls.observe(seconds)
+
+    counts, total = Board(rank.folder / "board").stalls.read()
+
+    assert (counts[0], counts[1], counts[-1], sum(counts)) == (2, 1, 1, 4)
+    assert total == pytest.approx(700.0026)
+    assert board.steps.read() == ([0] * len(counts), 0)

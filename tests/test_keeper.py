@@ -1192,4 +1192,4 @@ def test_a_resumption_says_where_it_came_from(node: Node) -> None:
     resumption = node.keeper.restore()
 
     assert isinstance(resumption, Resumption)
-    assert set(asdict(resumption)) == {"moment", "slot", "source", "seconds"}
+    assert set(asdict(resumption)) == {"moment", "slot", "source", "seconds", "nbytes"}

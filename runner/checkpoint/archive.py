@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from runner.checkpoint.retention import ranked
 from runner.checkpoint.validation import Validation, Verdict, read_validation
 from runner.errors import CheckpointCorrupt, CheckpointInvalid, NotFound, StoreError, UnknownName
 from runner.store import Store
+
+log = logging.getLogger(__name__)
 
 _MAX_MANIFEST_BYTES = 64 * fmt.MEBIBYTE
 _MAX_NOTE_BYTES = 1 << 20
@@ -43,22 +46,29 @@ def _nothing() -> None:
     pass
 
 
+def _say_quarantined(name: str, problem: str) -> None:
+    log.error("checkpoint %s is corrupt: %s; it goes into quarantine", name, problem)
+
+
 class Archive:
     """Reads the checkpoints of one run; the only thing it ever writes is a quarantine marker.
 
     `before_part` is called before each part of a file is read, and may raise to end that; so many
     parts are read at once as the store likes best, unless `at_once` says something else.
+    `on_quarantine` hears of each checkpoint that is marked, and why.
     """
 
     def __init__(
         self,
         store: Store,
         run_id: str,
+        on_quarantine: Callable[[str, str], None] = _say_quarantined,
         *,
         before_part: Callable[[], None] = _nothing,
         at_once: int | None = None,
     ) -> None:
         self.store, self.run_id = store, run_id
+        self._on_quarantine = on_quarantine
         self._before_part = before_part
         self._at_once = store.fetches_at_once if at_once is None else at_once
 
@@ -153,6 +163,7 @@ class Archive:
     def quarantine(self, name: str, reason: str) -> None:
         """Mark a checkpoint as not to be used; its files stay for whoever wants to look."""
         note = {"checkpoint": name, "reason": reason, "found_at": utc_now()}
+        self._on_quarantine(name, reason)
         self.store.create(f"{self.run_id}/quarantine/{name}.json", json.dumps(note).encode())
 
     def layout(self, manifest: Manifest) -> Layout:

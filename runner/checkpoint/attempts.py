@@ -177,15 +177,23 @@ class Ledger:
             self._store.replace(self._key(self.record.attempt), self.record.to_json())
             return self.record
 
-    def committed(self, checkpoint: str, step: int) -> None:
+    def committed(
+        self, checkpoint: str, step: int, productive_seconds: float | None = None
+    ) -> None:
         """Note a commit of this attempt: one small write, into `latest.json`.
 
-        The attempt's own record has it from its next change on.
+        The attempt's own record has it from its next change on, and with it what the state had
+        taken to train.
         """
         with self._changing:
             if self.record is None:
                 raise StoreError("no attempt has been claimed")
-            self.record = replace(self.record, committed=checkpoint, saved_step=step)
+            self.record = replace(
+                self.record,
+                committed=checkpoint,
+                saved_step=step,
+                saved_productive_seconds=productive_seconds,
+            )
             latest = Latest(self.record.attempt, self.owner, checkpoint, step)
         write_latest(self._store, self.run_id, latest)
 

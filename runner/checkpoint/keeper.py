@@ -20,7 +20,7 @@ from runner.checkpoint.archive import Archive
 from runner.checkpoint.claims import Claims
 from runner.checkpoint.format import CheckpointName, FileImage
 from runner.checkpoint.manifest import Manifest, Moment, moment_from_json, moment_to_json
-from runner.checkpoint.persist import Persister
+from runner.checkpoint.persist import NO_TIMING, Persister, Timing
 from runner.checkpoint.restore import Loaded, load, load_newest
 from runner.checkpoint.urgency import Upload, worth_abandoning
 from runner.checkpoint.weights import weights_alone
@@ -45,11 +45,17 @@ _NEVER = CheckpointName(-1, -1, -1)
 
 @dataclass(frozen=True)
 class Saved:
-    """A snapshot that became durable: what it is, and when (`CLOCK_MONOTONIC` seconds)."""
+    """A snapshot that became durable: what it is, and when (`CLOCK_MONOTONIC` seconds).
+
+    `deleted` names the checkpoints that were let go for it, `kept` is how many there are now.
+    """
 
     manifest: Manifest
     persist_seconds: float
     durable_at: float
+    timing: Timing = NO_TIMING
+    deleted: tuple[str, ...] = ()
+    kept: int = 1
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,7 @@ class Resumption:
     slot: int
     source: str  # "slot": it was still on this node; "store": fetched and verified
     seconds: float
+    nbytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -142,7 +149,8 @@ class Keeper:
         self._restoring = marker
         self._begun_from = None if is_foreign(marker) else moment.name
         self._rank.send("restore.json", asdict(marker))
-        return Resumption(moment, marker.slot, source, time.monotonic() - begun)
+        seconds = time.monotonic() - begun
+        return Resumption(moment, marker.slot, source, seconds, _nbytes(marker))
 
     def restored(self) -> None:
         """The trainer has its state: the slot that it came from may be used again."""
@@ -224,7 +232,9 @@ class Keeper:
         origin.archive.load_into(manifest, layout, self._slot_memory(layout.nbytes))
         facts = {"origin": origin.archive.run_id, "components": list(origin.components)}
         marker, moment = self._hold(Loaded(manifest, layout), facts)
-        return marker, replace(moment, step=0) if origin.components else moment
+        if origin.components:  # a run of its own, which begins at step 0
+            moment = replace(moment, step=0, productive_seconds=0.0)
+        return marker, moment
 
     def _find(self, archive: Archive, which: str) -> Manifest:
         metric, mode = self._best or (None, "min")
@@ -355,19 +365,22 @@ class Keeper:
         if moment.scope == "full":
             self._durable = max(self._durable, moment.name)
         self._claims.release(slot, must=False)
-        self._after_commit(manifest)
-        return Saved(manifest, durable_at - begun, durable_at)
+        gone = self._after_commit(manifest)
+        persister, seconds = self._persister, durable_at - begun
+        return Saved(manifest, seconds, durable_at, persister.timing, gone, persister.count)
 
-    def _after_commit(self, manifest: Manifest) -> None:
-        """What may fail without harm to the checkpoint that is durable by now."""
+    def _after_commit(self, manifest: Manifest) -> tuple[str, ...]:
+        """What may fail without harm to the checkpoint that is durable by now; what was deleted."""
+        moment = manifest.moment
         try:
-            self._persister.ledger.committed(manifest.name, manifest.moment.step)
+            self._persister.ledger.committed(manifest.name, moment.step, moment.productive_seconds)
             gone = self._persister.retain()
         except StoreError as error:
             log.warning("after saving %s: %s", manifest.name, error)
-        else:
-            for name in gone:
-                log.debug("deleted %s", name)
+            return ()
+        for name in gone:
+            log.debug("deleted %s", name)
+        return tuple(gone)
 
     def _read(self, marker: Marker) -> tuple[Moment, dict[str, memoryview]]:
         """What a marker says, checked against the slot. CheckpointInvalid if it lies."""

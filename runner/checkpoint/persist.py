@@ -35,6 +35,18 @@ _LARGE_BYTES = 64 * fmt.MEBIBYTE
 _WORTH_COPYING_BYTES = fmt.MEBIBYTE
 
 
+@dataclass(frozen=True)
+class Timing:
+    """What a save took: writing the files, with the hashing of them, and committing them."""
+
+    upload_seconds: float = 0.0
+    commit_seconds: float = 0.0
+    nbytes: int = 0
+
+
+NO_TIMING = Timing()
+
+
 class _Twin(NamedTuple):
     """A stored file that has the content of one that is to be stored."""
 
@@ -53,6 +65,7 @@ class Persister:
     With `compresses`, files with tensors are stored compressed; in an emergency (a preemption,
     an interrupt) only if it is known that the save ends sooner then. With `validates`, what is
     deleted depends on how checkpoints were validated: then it is looked, once, how each was.
+    `timing` is of the last save.
     """
 
     store: Store
@@ -66,6 +79,7 @@ class Persister:
         self._known: dict[str, Manifest] | None = None
         self._verdicts: dict[str, Verdict] | None = None
         self._rates = Rates()
+        self.timing = NO_TIMING
 
     def look_again(self) -> None:
         """Forget which checkpoints there are: something else may have changed that."""
@@ -75,6 +89,11 @@ class Persister:
         """A checkpoint was validated just now; from any thread."""
         if self._verdicts is not None:
             self._verdicts[name] = verdict
+
+    @property
+    def count(self) -> int:
+        """How many checkpoints there are, as far as it has looked."""
+        return len(self._known or ())
 
     def persist(
         self,
@@ -98,7 +117,9 @@ class Persister:
             self.ledger.check_fence()  # before much is moved for nothing; a commit asks always
         known = self._all_known()
         if str(moment.name) in known:
+            self.timing = NO_TIMING
             return known[str(moment.name)]
+        begun = time.perf_counter()
         prefix = f"{self.ledger.run_id}/checkpoints/{moment.name}"
         staging = self.store.stage(prefix, self.ledger.owner)
         try:
@@ -107,6 +128,7 @@ class Persister:
             with ExitStack() as stack:
                 compressor = stack.enter_context(Compressor()) if compresses else None
                 entries = self._store_files(staging, moment, files, gives_way, compressor)
+            written = time.perf_counter()
             facts = {**self.provenance(), **(provenance or {})}
             manifest = Manifest(self.ledger.run_id, moment, entries, facts)
             self.ledger.check_fence()
@@ -116,6 +138,8 @@ class Persister:
             staging.abort()
             raise
         known[manifest.name] = manifest
+        committed = time.perf_counter()
+        self.timing = Timing(written - begun, committed - written, manifest.nbytes)
         return manifest
 
     def _store_files(

@@ -82,7 +82,6 @@ def load(
         layout = archive.layout(manifest)
         archive.load_into(manifest, layout, allocate(layout.nbytes))
     except CheckpointCorrupt as error:
-        log.error("%s; it goes into quarantine", error)
         archive.quarantine(manifest.name, error.problem)
         return None
     except NotFound as error:
@@ -110,7 +109,6 @@ def _readable(archive: Archive) -> list[Manifest]:
         try:
             manifests.append(archive.manifest(str(name)))
         except CheckpointCorrupt as error:
-            log.error("%s; it goes into quarantine", error)
             archive.quarantine(str(name), error.problem)
         except NotFound:
             log.warning("%s has no manifest, so it is no checkpoint", name)

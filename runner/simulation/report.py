@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from runner.checkpoint.attempts import AttemptRecord, Ledger, parse_time
 from runner.checkpoint.manifest import Manifest
 from runner.exitcodes import FINISHED
 from runner.store import Store
+from runner.supervisor.goodput import goodput_of
 
 _CAUSES = {
     "succeeded": "finished",
@@ -46,24 +49,34 @@ def build_report(
 
     `outputs` is the folder where the script has written its own files, if that is known.
     """
-    archive = Archive(store, run_id)
+    archive, now = Archive(store, run_id), time.time()
     records = [r for r in Ledger(store, run_id, "").records() if r.attempt >= first]
     exit_code = deaths[-1].exit_code if deaths else 1
     # A supervisor that died before it began an attempt has none of its own: the first one counts.
     death_of = {death.attempt: death for death in reversed(deaths)}
     final = next((m for m in archive.manifests() if m.moment.scope == "full"), None)
-    productive = 0.0 if final is None else final.moment.productive_seconds
+    ended = [_with_end(record, death_of.get(record.attempt)) for record in records]
+    goodput = goodput_of(ended, now, submitted_at=now - wall_seconds).to_json()
     return {
         "run_id": run_id,
         "outcome": "succeeded" if exit_code == FINISHED else "failed",
         "exit_code": exit_code,
         "final_step": 0 if final is None else final.moment.step,
         "final_digest": None if final is None else archive.digest(final),
-        "goodput_ratio": round(productive / wall_seconds, 4) if wall_seconds > 0 else 0.0,
+        "goodput_ratio": goodput["goodput_ratio"],
         "wall_seconds": round(wall_seconds, 3),
+        "goodput": goodput,
         "attempts": _attempts(records, death_of, final),
         "results": {} if outputs is None else _results(outputs / _RESULTS_FILE),
     }
+
+
+def _with_end(record: AttemptRecord, death: Death | None) -> AttemptRecord:
+    """A record whose supervisor was killed does not say when it ended; the node has seen it."""
+    if death is None or record.outcome is not None:
+        return record
+    ended_at = datetime.fromtimestamp(death.at, UTC).isoformat()
+    return replace(record, ended_at=ended_at, end_step=max(record.start_step, death.step))
 
 
 def _attempts(
@@ -144,11 +157,23 @@ def as_text(report: dict[str, Any]) -> str:
             f"{_duration(a['notice_to_durable_seconds']):>16}  "
             f"{_duration(a['kill_to_first_step_seconds']):>16}  {a['cause']}"
         )
+    lines += ["", _where_time_went(report["goodput"])]
     lines += ["", f"final state  sha256 {report['final_digest']}"]
     for name, value in report["results"].items():
         if isinstance(value, int | float):
             lines.append(f"{name:<28} {value:.4g}")
     return "\n".join(lines)
+
+
+def _where_time_went(goodput: dict[str, Any]) -> str:
+    """In one line, the longest first; what is under a hundredth of it is left out."""
+    parts = {"productive": goodput["productive_seconds"], **goodput["badput_seconds"]}
+    told = sorted(parts.items(), key=lambda part: -part[1])
+    least = goodput["wall_seconds"] / 100
+    found = [
+        f"{kind.replace('_', ' ')} {seconds:.1f} s" for kind, seconds in told if seconds > least
+    ]
+    return f"time went into  {', '.join(found)}"
 
 
 def _duration(seconds: float | None) -> str:

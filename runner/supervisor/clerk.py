@@ -12,12 +12,12 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Any
+from typing import Any, Protocol
 
 from runner.board import Board
-from runner.checkpoint.attempts import Ledger
+from runner.checkpoint.attempts import AttemptRecord, Ledger
 from runner.checkpoint.keeper import Keeper, Origin, Resumption, Saved
 from runner.checkpoint.outputs import Outputs
 from runner.checkpoint.persist import Persister
@@ -26,6 +26,13 @@ from runner.saves import SaveRecord
 from runner.spool import RankSpool
 from runner.supervisor import events
 from runner.supervisor.forecast import EmergencySave, Forecaster
+from runner.supervisor.happenings import (
+    CheckpointSaved,
+    Happening,
+    RemainsRemoved,
+    SaveRefused,
+    StateFetched,
+)
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +40,16 @@ _ROUND_SECONDS = 0.2
 _RETRY_SECONDS = 1.0
 _NICENESS = 10
 Task = Callable[[], None]
+
+
+class Listener(Protocol):
+    """Whoever wants to know what the clerk has done."""
+
+    def tell(self, happening: Happening) -> None:
+        """Something has happened."""
+
+    def knows(self, records: Sequence[AttemptRecord]) -> None:
+        """These are all attempts until now, the one that begins last."""
 
 
 class Clerk(threading.Thread):
@@ -47,12 +64,13 @@ class Clerk(threading.Thread):
         post: Callable[[events.Event], None],
         forecaster: Forecaster,
         outputs: Outputs | None,
+        listener: Listener,
     ) -> None:
         super().__init__(name="clerk", daemon=True)
         self._rank, self._keeper, self._persister = rank, keeper, persister
         self._ledger: Ledger = persister.ledger
         self._node, self._post, self._forecaster = node, post, forecaster
-        self._outputs = outputs
+        self._outputs, self._listener = outputs, listener
         self._courteous = ThreadPoolExecutor(1, "persist", initializer=_be_nice)
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._over = threading.Event()
@@ -125,7 +143,7 @@ class Clerk(threading.Thread):
         try:
             record = self._ledger.claim(self._node)
             if self.board is None:  # later on, what is unfinished is being saved just now
-                self._persister.sweep()
+                self._listener.tell(RemainsRemoved(len(self._persister.sweep())))
             self.board = self._rank.prepare()
             self._returned = False
         except (RunnerError, OSError) as error:
@@ -136,9 +154,11 @@ class Clerk(threading.Thread):
     def _restore(self, go_back: int, which: str | None, origin: Origin | None) -> None:
         self._bring_outputs_back()
         try:
+            records = self._ledger.records()
+            self._listener.knows(records)
+            self._forecaster.attempt_begins(records)
             resumption = self._keeper.restore(go_back, which=which, origin=origin)
             self._describe(resumption)
-            self._forecaster.attempt_begins(self._ledger.records())
             self._set_interval()
         except (NoValidCheckpoint, UsageError) as error:
             self._post(events.PreparationFailed(time.monotonic(), str(error), final=True))
@@ -154,16 +174,12 @@ class Clerk(threading.Thread):
         if resumption is None:
             return
         moment = resumption.moment
-        name = str(moment.name)
-        self._ledger.update(resumed_from=name, start_step=moment.step)
-        where = "this node's memory" if resumption.source == "slot" else "the store"
-        log.info(
-            "attempt %d begins at step %d, from %s in %s",
-            self._ledger.record.attempt if self._ledger.record else 0,
-            moment.step,
-            name,
-            where,
+        record = self._ledger.update(
+            resumed_from=str(moment.name),
+            start_step=moment.step,
+            resumed_productive_seconds=moment.productive_seconds,
         )
+        self._listener.tell(StateFetched(record.attempt, resumption))
 
     def _persist_newest(self, triggers: tuple[str, ...]) -> None:
         try:
@@ -179,7 +195,7 @@ class Clerk(threading.Thread):
         except Fenced:
             raise
         except (RunnerError, OSError) as error:
-            self._post(events.SaveFailed(time.monotonic(), str(error)))
+            self._refused(error)
         else:
             self._post(events.Drained(time.monotonic()))
 
@@ -227,17 +243,15 @@ class Clerk(threading.Thread):
 
     def _store_refuses(self, error: Exception) -> None:
         self._leave_store_until = time.monotonic() + _RETRY_SECONDS
+        self._refused(error)
+
+    def _refused(self, error: Exception) -> None:
+        self._listener.tell(SaveRefused.by(error))
         self._post(events.SaveFailed(time.monotonic(), str(error)))
 
     def _announce(self, saved: Saved) -> None:
         moment = saved.manifest.moment
-        log.info(
-            "saved %s (%s, %.1f MB in %.2f s)",
-            saved.manifest.name,
-            ", ".join(moment.triggers) or "newest state",
-            saved.manifest.nbytes / 1e6,
-            saved.persist_seconds,
-        )
+        self._listener.tell(CheckpointSaved(saved))
         self._post(events.Persisted(saved.durable_at, record_of(saved)))
         if moment.scope != "full":
             return  # nothing can be resumed from it, and it says nothing of an emergency save

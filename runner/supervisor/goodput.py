@@ -18,8 +18,10 @@ from itertools import pairwise
 from typing import Any
 
 from runner.checkpoint.attempts import AttemptRecord, parse_time
+from runner.spending import PRODUCTIVE
 
-PRODUCTIVE = "productive"
+__all__ = ["BADPUT", "PRODUCTIVE", "Goodput", "goodput_of"]
+
 BADPUT = {
     "stall": "the loop waited for a snapshot",
     "lost_steps": "steps that had to be made again, or were cut off",

@@ -50,7 +50,8 @@ from runner.supervisor.audience import Audience
 from runner.supervisor.clerk import Clerk
 from runner.supervisor.detached import DETACHED_VARIABLE
 from runner.supervisor.forecast import Forecaster
-from runner.supervisor.monitor import Monitor, Sight
+from runner.supervisor.gauges import Sight
+from runner.supervisor.monitor import Monitor
 from runner.supervisor.pointlog import PointLog, stored_points
 from runner.supervisor.preflight import s3_options
 from runner.supervisor.reaper import become_subreaper, reap_orphans
@@ -101,6 +102,7 @@ class Supervisor:
         self._rank = spool.rank
         self._files = LocalFiles(index.files_of(assignment.run_id, store.url))
         best, policy = job.checkpoint.keep.best, policy_for(assignment)
+        self._monitor = Monitor(assignment, store.url, self._sight())
         persister = Persister(
             store,
             ledger,
@@ -112,7 +114,7 @@ class Supervisor:
         self._keeper = Keeper(
             self._rank,
             persister,
-            Archive(store, assignment.run_id),
+            Archive(store, assignment.run_id, self._monitor.quarantined),
             best=None if best is None else (best.metric, best.mode),
             prefer_healthy=job.health.restore == "healthy",
             disk=self._files.slots,
@@ -126,9 +128,9 @@ class Supervisor:
             self._events.put,
             Forecaster(policy.grace_seconds, chooses_interval=job.checkpoint.every is None),
             self._outputs(store) if is_s3(store.url) else None,
+            self._monitor,
         )
         self._validator = validator_of(job, self._files.validation, persister, self._events.put)
-        self._monitor = Monitor(assignment, store.url, Sight(lambda: self._clerk.board, ledger))
         self._store = store
         self._state, self._actions = machine.begin(policy)
         self._points = PointLog(
@@ -254,7 +256,8 @@ class Supervisor:
     def _exited(self, code: int) -> events.Exited:
         board = self._clerk.board
         step = 0 if board is None else board.step
-        self._clerk.record(exit_code=code, end_step=step, ended_at=utc_now())
+        facts = self._monitor.facts()
+        self._clerk.record(exit_code=code, end_step=step, ended_at=utc_now(), **facts)
         if code == 0 and board is not None and board.restored and not board.finished:
             log.warning(
                 "the script ended before its loop over %s did: what is saved is the newest "
@@ -279,7 +282,10 @@ class Supervisor:
             self._clerk.record(
                 first_step_at=_wall_clock(board.first_step_ns / 1e9),
                 expected_steps=board.expected_steps or None,
+                **self._monitor.facts(),
             )
+        elif self._monitor.is_time_to_write(time.monotonic()):
+            self._clerk.record(**self._monitor.facts())
 
     def _obeyed(self) -> bool:
         board = self._clerk.board
@@ -426,13 +432,22 @@ class Supervisor:
         durable = self._last_saved_at
         if notice is not None and durable is not None and durable >= notice:
             changes["notice_to_durable_seconds"] = durable - notice
-        self._clerk.record(**changes)
+        self._clerk.record(**changes, **self._monitor.facts(ended=True))
 
     # ------------------------------------------------------------------ the rest
 
     @property
     def _attempt(self) -> int:
         return 0 if self._ledger.record is None else self._ledger.record.attempt
+
+    def _sight(self) -> Sight:
+        return Sight(
+            board=lambda: self._clerk.board,
+            ledger=self._ledger,
+            spool=self._spool.path,
+            pid_here=lambda pid: self._trainer.pid_here(pid),
+            newest=lambda: self._points.newest,
+        )
 
     def _outputs(self, store: Store) -> Outputs:
         limit = self._job.outputs.max_size_bytes

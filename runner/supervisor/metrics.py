@@ -11,6 +11,7 @@ from dataclasses import replace
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
+from runner.supervisor.goodput import BADPUT
 from runner.supervisor.tally import Definition, Labels, Tally
 
 STORE = "{store}"  # stands for the URL of a run's store
@@ -21,12 +22,9 @@ CORRUPTIONS = ("manifest", "content")
 VALIDATIONS = ("valid", "invalid", "unknown")
 DELETIONS = ("superseded", "unfinished")
 RESTORE_PHASES = ("fetch", "load", "total")
-SOURCES = ("SIGTERM", "aws", "gcp", "azure")
+OTHER = "other"
+SOURCES = ("SIGTERM", "aws", "gcp", "azure", OTHER)
 RESTARTS = ("preemption", "stop", "lost", "crash", "hang", "memory", "unhealthy", "preparation")
-BADPUT = (
-    *("stall", "lost_steps", "startup", "restore", "draining"),
-    *("backoff", "waiting_for_node", "hang", "validation"),
-)
 
 
 def _each(*values: str) -> tuple[Labels, ...]:

@@ -11,7 +11,7 @@ import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
@@ -78,6 +78,12 @@ class Tally(Collector):
             numbers = self._numbers[name]
             numbers[labels] = numbers.get(labels, 0.0) + amount
 
+    def raise_to(self, name: str, value: float, labels: Labels = ()) -> None:
+        """Say what a counter is by now. It never goes down, whatever turns out later."""
+        with self._lock:
+            numbers = self._numbers[name]
+            numbers[labels] = max(numbers.get(labels, 0.0), value)
+
     def set(self, name: str, value: float | None, labels: Labels = ()) -> None:
         """Say what something is; None if it is not known (any more)."""
         with self._lock:
@@ -135,7 +141,7 @@ class Tally(Collector):
             }
 
     def go_on_from(self, document: Mapping[str, Any]) -> None:
-        """Begin where another one has ended. What it has that is unknown here is passed over."""
+        """Add what another one has counted. What it has that is unknown here is passed over."""
         for name, rows in document.items():
             definition = self._definitions.get(name)
             for row in rows if definition is not None and isinstance(rows, list) else ():
@@ -147,11 +153,13 @@ class Tally(Collector):
         with self._lock:
             if name in self._histograms:
                 counts, total = row.get("counts"), row.get("sum")
-                if isinstance(counts, list) and len(counts) == BUCKETS and _is_number(total):
-                    histogram = _Histogram(list(map(int, counts)), float(total or 0.0))
-                    self._histograms[name][labels] = histogram
+                if _are_counts(counts) and _is_number(total):
+                    held = self._histograms[name].setdefault(labels, _Histogram())
+                    held.counts = [a + b for a, b in zip(held.counts, counts, strict=True)]
+                    held.sum_seconds += float(total or 0.0)
             elif _is_number(row.get("value")):
-                self._numbers[name][labels] = float(row["value"])
+                numbers = self._numbers[name]
+                numbers[labels] = numbers.get(labels, 0.0) + float(row["value"])
 
     # ------------------------------------------------------------------ read by Prometheus
 
@@ -183,6 +191,14 @@ def _labels(row: Any, definition: Definition | None) -> Labels | None:
     if definition is None or not isinstance(values, list) or len(values) != len(definition.labels):
         return None
     return tuple(map(str, values))
+
+
+def _are_counts(value: Any) -> TypeGuard[list[int]]:
+    return (
+        isinstance(value, list)
+        and len(value) == BUCKETS
+        and all(type(count) is int and count >= 0 for count in value)
+    )
 
 
 def _is_number(value: Any) -> bool:

@@ -52,6 +52,10 @@ class Trainer:
         """The processes that nobody else may wait for."""
         return [] if self._handle is None else self._handle.pids
 
+    def pid_here(self, pid: int) -> int | None:
+        """What this machine calls a process of the trainer; None where that cannot be told."""
+        return None if self._handle is None else self._handle.pid_here(pid)
+
     def start(self, attempt: int, own: dict[str, str]) -> None:
         """Start that of an attempt; `own` are the variables that it is told.
 

@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
@@ -29,6 +30,7 @@ from runner.checkpoint.retention import Keep
 from runner.errors import Fenced, RunnerError, StoreError, UsageError
 from runner.exitcodes import INTERRUPTED, PREEMPTED
 from runner.plan import Interval, Plan
+from runner.spending import Attempt, read, so_far
 from runner.spool import Spool, new_owner, spool_path
 from runner.store import open_store
 from runner.training.session import Session
@@ -57,6 +59,7 @@ def open_alone(optimizers: Sequence[torch.optim.Optimizer]) -> Session:
     ledger = Ledger(store, run_id, new_owner())
     ledger.begin({"run_id": run_id, "created_at": utc_now(), "command": sys.argv})
     record = ledger.claim(socket.gethostname())
+    began = Attempt(time.monotonic())
     output_dir = Path(store.url) / run_id / "outputs"
     plan = Plan(
         run_id,
@@ -73,7 +76,11 @@ def open_alone(optimizers: Sequence[torch.optim.Optimizer]) -> Session:
     resumption = keeper.restore()
     if resumption is not None:
         moment = resumption.moment
-        ledger.update(resumed_from=str(moment.name), start_step=moment.step)
+        ledger.update(
+            resumed_from=str(moment.name),
+            start_step=moment.step,
+            resumed_productive_seconds=moment.productive_seconds,
+        )
         log.info("run %s continues from %s in %s", run_id, moment.name, store.url)
         if "final" in moment.triggers:
             log.info("it is finished; set %s for another run", RUN_ID_VARIABLE)
@@ -81,7 +88,7 @@ def open_alone(optimizers: Sequence[torch.optim.Optimizer]) -> Session:
     spool.write_plan(plan.to_json())
     session = Session(spool.path, supervised=False, optimizers=optimizers)
     session.interrupt_code = INTERRUPTED
-    _Housekeeper(spool, board, keeper, ledger).start()
+    _Housekeeper(spool, board, keeper, ledger, began).start()
     _listen_to_signals(board)
     return session
 
@@ -89,8 +96,11 @@ def open_alone(optimizers: Sequence[torch.optim.Optimizer]) -> Session:
 class _Housekeeper(threading.Thread):
     """Persists what the training loop hands over. Not a daemon: the process waits for it."""
 
-    def __init__(self, spool: Spool, board: Board, keeper: Keeper, ledger: Ledger) -> None:
+    def __init__(
+        self, spool: Spool, board: Board, keeper: Keeper, ledger: Ledger, began: Attempt
+    ) -> None:
         super().__init__(name="runner-housekeeper")
+        self._began = began
         self._spool, self._board, self._keeper, self._ledger = spool, board, keeper, ledger
         self._over = threading.Event()
         self._returned = False
@@ -126,9 +136,13 @@ class _Housekeeper(threading.Thread):
         asked = Request(self._board.request_kind) is Request.SAVE_AND_STOP
         preempted = asked and self._board.answered == self._board.request_number
         outcome = "succeeded" if self._board.finished else "ended"
+        spent = so_far(self._began, read(self._board), time.monotonic())
+        now = utc_now()
         try:
             self._ledger.update(
-                ended_at=utc_now(),
+                ended_at=now,
+                seen_at=now,
+                spent=spent,
                 end_step=self._board.step,
                 outcome=Why(self._board.request_why).trigger if preempted else outcome,
                 exit_code=PREEMPTED if preempted else None,

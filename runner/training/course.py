@@ -8,15 +8,16 @@ here, snapshots are taken and requests are obeyed. The loops in `loops` say when
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from runner.board import Request, Why
+from runner.board import Account, Request, Why
 from runner.checkpoint.attempts import utc_now
 from runner.checkpoint.manifest import Moment
 from runner.errors import CaptureError, PositionError
@@ -97,10 +98,10 @@ class Course:
         self._saves = SaveRhythm(session.plan.every)
         self._weights = SaveRhythm(session.plan.weights_every)
         self._rhythm = SnapshotRhythm(session.plan.snapshot_steps)
+        self._accounts = session.accounts
         self._lap: float | None = None
-        self._productive = 0.0
         self._productive_before = 0.0
-        self._held = False
+        self._held = self._has_copied = False
         self._warned_midway = False
         self._carries_gradients = False  # over the last body's end, for want of a step
         self._saved: SavedState | None = None
@@ -159,7 +160,8 @@ class Course:
                 log.warning("changed between attach() and the loop, and put back: %s", change)
         source = self._source or saved.source.anew()
         self._source = None
-        self.state.restore(saved.document, source, final=True)
+        with self._accounts.during(Account.RESTORE):
+            self.state.restore(saved.document, source, final=True)
         self._load_metrics(Decoder(source.own).decode(saved.document["progress"]))
         self.session.restored()
         self.session.alive()
@@ -272,18 +274,19 @@ class Course:
         Its last state goes into a slot, whatever the rhythm: a script that breaks out of its epochs
         and ends has nothing newer, and what it leaves must not depend on how fast it was.
         """
-        self._lap = None
+        self._end_lap()
         self.session.board.phase = BETWEEN_LOOPS if self.place.in_epoch else AFTER_TRAINING
         if self.loop is loop:
             if self._rhythm.is_behind and not self._carries_gradients and not self.in_body:
-                self._snapshot(set(), beside=False)
+                with self._stalled():
+                    self._snapshot(set(), beside=False)
             self.loop = None
             self.in_body = False
 
     def _leave_loop(self) -> bool:
         """Leave a loop that was left by a `break`: True if its last body counts as a step."""
         loop, self.loop = self.loop, None
-        self._lap = None
+        self._end_lap()
         if loop is None or not loop.settle():
             return False
         self.place.step += 1
@@ -301,6 +304,31 @@ class Course:
         """A step begins: what follows counts as productive until the boundary."""
         if self._lap is None:
             self._lap = time.monotonic()
+            self._accounts.enter(Account.PRODUCTIVE)
+
+    def _end_lap(self) -> None:
+        """No step has begun; what is done between two loops is validation, mostly."""
+        if self._lap is not None:
+            self._lap = None
+            self._accounts.enter(Account.VALIDATION)
+
+    @contextlib.contextmanager
+    def apart(self) -> Iterator[None]:
+        """What the script does meanwhile is no part of a step, wherever in the loop it stands."""
+        began = self._accounts.current is not Account.STARTUP
+        with self._accounts.during(Account.VALIDATION if began else Account.STARTUP):
+            yield
+
+    @contextlib.contextmanager
+    def _stalled(self) -> Iterator[None]:
+        """The loop waits for us; how long is counted where it was for a snapshot."""
+        before = self._accounts.current
+        self._accounts.enter(Account.STALL)
+        self._has_copied = False
+        yield
+        seconds = self._accounts.enter(before)
+        if self._has_copied:
+            self.session.board.stalls.observe(seconds)
 
     def enter_body(self) -> None:
         """A batch goes out to the script."""
@@ -353,9 +381,17 @@ class Course:
     ) -> None:
         if self._lap is not None:
             seconds = time.monotonic() - self._lap
-            self._productive += seconds
             self.session.board.step_us = int(1e6 * seconds)
             self._rhythm.stepped(seconds)
+            if step_end:
+                self.session.board.steps.observe(seconds)
+        with self._stalled():
+            self._pause(last=last, step_end=step_end, epoch_end=epoch_end)
+        if self._lap is not None:
+            self._lap = time.monotonic()
+
+    def _pause(self, *, last: bool, step_end: bool, epoch_end: bool) -> None:
+        """Show where the run is, take a snapshot where one is due, and obey."""
         self.in_body = False
         self.watch.settled()
         board, plan = self.session.board, self.session.plan
@@ -388,8 +424,6 @@ class Course:
                 interrupt = asked.why is Why.INTERRUPT
                 code = self.session.interrupt_code if interrupt else PREEMPTED
                 raise Preempted(asked.why.trigger, code)
-        if self._lap is not None:
-            self._lap = time.monotonic()
 
     def _triggers(self, *, last: bool, step_end: bool, epoch_end: bool) -> set[str]:
         triggers = set()
@@ -448,10 +482,12 @@ class Course:
                 metrics=fresh,
                 healthy=self.metrics.health.since is None,
                 created_at=utc_now(),
-                productive_seconds=self._productive_before + self._productive,
+                productive_seconds=self._productive_before
+                + self._accounts.seconds(Account.PRODUCTIVE),
             )
 
         if self.session.save(moment, document, sink, beside=beside, weights=weights):
+            self._has_copied = True
             self._rhythm.copied(time.monotonic() - begun)
         if triggers:
             self._ask_to_save = False
@@ -474,7 +510,6 @@ class Course:
     def _show(self) -> None:
         board = self.session.board
         board.step, board.epoch, board.batch = self.place.step, self.place.epoch, self.place.batch
-        board.productive_us = int(1e6 * self._productive)
         self.session.alive()
 
     def _show_health(self) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from runner.board import Account
 from runner.checkpoint.provenance import mask_secrets
 from runner.training.alone import open_alone
 from runner.training.capture import TrainingState
@@ -168,12 +169,13 @@ class Run:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Name what the loop is doing, for hang detection and for goodput."""
+        """Name what the loop is doing, for hang detection; it is no productive time."""
         board = self._course.session.board
         before, board.phase = board.phase, name
         self.alive()
         try:
-            yield
+            with self._course.apart():
+                yield
         finally:
             board.phase = before
             self.alive()
@@ -210,10 +212,12 @@ def attach(*, state: dict[Any, Any] | None = None, **stateful: Any) -> Run:
     resumed_from = None
     saved = session.saved_state()
     if saved is not None and saved.components:
-        training_state.load(saved.document, saved.source, saved.components)
+        with session.accounts.during(Account.RESTORE):
+            training_state.load(saved.document, saved.source, saved.components)
         session.restored()
     elif saved is not None:
-        course.resume(saved)
+        with session.accounts.during(Account.RESTORE):
+            course.resume(saved)
         moment = saved.moment
         resumed_from = ResumedFrom(moment.step, moment.epoch, moment.triggers, moment.metrics)
     else:

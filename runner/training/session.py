@@ -17,7 +17,7 @@ from typing import IO, Any
 
 import torch
 
-from runner.board import Board, Request, Why
+from runner.board import Account, Board, Request, Why
 from runner.checkpoint.keeper import read_restore
 from runner.checkpoint.manifest import Moment
 from runner.errors import RestoreError, SpoolFull
@@ -25,6 +25,7 @@ from runner.exitcodes import PREEMPTED
 from runner.plan import Plan
 from runner.points import Point, PointWriter
 from runner.spool import Marker, RankSpool, Weights, read_json
+from runner.training.accounts import Accounts
 from runner.training.facts import Facts
 from runner.training.lifeline import Lifeline
 from runner.training.overlap import Overlap, engine_for_this_machine
@@ -66,6 +67,7 @@ class Session:
         self._lock: IO[bytes] = self.rank.lock()
         self.board = Board(self.rank.folder / "board")
         self.board.pid = os.getpid()
+        self.accounts = Accounts(self.board)
         self._lifeline: Lifeline | None = None
         self._points = PointWriter(self.rank.folder, self.plan.attempt) if supervised else None
         disk = Path(self.plan.disk) if self.plan.disk else spool / "disk"
@@ -159,10 +161,11 @@ class Session:
         The supervisor fetches it while this process imports torch and builds the model: waits
         until it is there.
         """
-        while not self.board.prepared:
-            self._must_have_supervisor("there is nothing to begin from")
-            self.board.heartbeat_ns = time.monotonic_ns()
-            time.sleep(_POLL_SECONDS)
+        with self.accounts.during(Account.RESTORE):
+            while not self.board.prepared:
+                self._must_have_supervisor("there is nothing to begin from")
+                self.board.heartbeat_ns = time.monotonic_ns()
+                time.sleep(_POLL_SECONDS)
         marker = read_restore(self.rank)
         if marker is None:
             return None

@@ -21,7 +21,7 @@ from runner.store import DirectoryStore
 
 STEPS = 24
 REPORT_KEYS = {
-    *("run_id", "outcome", "exit_code", "final_step", "final_digest", "goodput_ratio"),
+    *("run_id", "outcome", "exit_code", "final_step", "final_digest", "goodput_ratio", "goodput"),
     *("wall_seconds", "attempts", "results"),
 }
 ATTEMPT_KEYS = {
