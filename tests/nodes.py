@@ -28,6 +28,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from containers import in_container
+from servers.engine import Docker
 from waiting import wait_until
 
 from runner import cli
@@ -35,13 +37,14 @@ from runner.board import Board
 from runner.checkpoint.archive import Archive
 from runner.checkpoint.attempts import AttemptRecord, Ledger
 from runner.checkpoint.manifest import Manifest
+from runner.launch.namespace import inhabitants, number_of
 from runner.launch.process_tree import read_entry
 from runner.spool import Spool, spool_path
 from runner.store import DirectoryStore, open_store
 
 PROGRAMS = Path(__file__).parent / "child_programs"
 RUNNER = str(Path(sys.executable).with_name("runner"))
-PATIENCE_SECONDS = 60.0
+PATIENCE_SECONDS = 120.0
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -119,6 +122,8 @@ class Node:
     environment: dict[str, str] = field(default_factory=dict)
     keeps_spool: bool = False
     """Whether a test ends with a spool that is still of use."""
+    docker: Docker | None = None
+    """The engine in whose containers the trainers run; None: they are processes."""
 
     def __post_init__(self) -> None:
         self.folder.mkdir(exist_ok=True)
@@ -141,8 +146,11 @@ class Node:
             "restart": {"backoff": {"initial": "1ms", "max": "1ms"}},
             "metrics": {"port": "off"},
         }
+        document |= keys
+        if self.docker is not None:
+            document = in_container(document, self.folder)
         path = self.folder / f"{name}.json"
-        path.write_text(json.dumps(document | keys))
+        path.write_text(json.dumps(document))
         return str(path)
 
     def training(self, name: str = "job", *, command: list[str] | None = None, **keys: Any) -> str:
@@ -150,6 +158,16 @@ class Node:
         keys["params"] = {"gate": str(self.gate), **keys.get("params", {})}
         keys["env"] = {"OMP_NUM_THREADS": "1", **keys.get("env", {})}
         return self.job(*(command or ["python", str(PROGRAMS / "trains.py")]), name=name, **keys)
+
+    def use(self, docker: Docker) -> None:
+        """Run trainers in containers of this engine."""
+        self.docker = docker
+        self.environment["DOCKER_HOST"] = docker.host
+
+    @property
+    def python(self) -> str:
+        """What a shell that is the trainer calls the Python that has torch."""
+        return sys.executable if self.docker is None else "python3"
 
     @property
     def gate(self) -> Path:
@@ -258,17 +276,43 @@ class Node:
                     found.append(pid)
         return [pid for pid in found if pid != os.getpid()]
 
+    def pid_here(self, pid: int) -> int:
+        """What this machine calls a process of the trainer, by the number that it has printed."""
+        if self.docker is None:
+            return pid
+        (container,) = self.containers("status=running")
+        first = int(self.docker.run("inspect", "-f", "{{.State.Pid}}", container))
+        found = number_of(pid, inhabitants(first))
+        assert found is not None
+        return found
+
+    def containers(self, *filters: str) -> list[str]:
+        """All that were made for runs of this node and are still there."""
+        if self.docker is None:
+            return []
+        spools = [f"label=runner.spool={path}" for path in self.memory.iterdir()]
+        return [one for spool in spools for one in self.docker.containers(spool, *filters)]
+
+    def trainers(self, supervisor: Started) -> list[Any]:
+        """What lives of a supervisor's trainer: processes, or a container."""
+        if self.docker is not None:
+            return list(self.containers("status=running"))
+        return [pid for pid in self.processes() if pid != supervisor.pid]
+
     def spools(self) -> list[str]:
         return sorted(path.name for path in self.memory.iterdir())
 
-    def end(self) -> list[int]:
-        """Kill what is left; the process ids of those."""
+    def end(self) -> list[Any]:
+        """Kill what is left, containers too; the ids of those."""
         left = self.processes()
         for pid in left:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         wait_until(lambda: not self.processes(), what="the end of what was left")
-        return left
+        containers = self.containers()
+        if self.docker is not None and containers:
+            self.docker.run("rm", "-f", *containers)
+        return [*containers, *left]
 
 
 @contextlib.contextmanager
@@ -291,6 +335,11 @@ def nodes_in(folder: Path) -> Iterator[Callable[[str], Node]]:
             shutil.rmtree(node.memory)
     assert not any(left.values()), f"processes are left: {left}"
     assert not spools, f"spools are left: {spools}"
+
+
+def has_noticed(trainer: int) -> bool:
+    """Whether a trainer knows that its supervisor is dead: what it prints goes nowhere then."""
+    return Path(f"/proc/{trainer}/fd/1").readlink() == Path(os.devnull)
 
 
 def is_running(pid: int) -> bool:

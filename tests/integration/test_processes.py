@@ -15,13 +15,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
 import psutil
 import pytest
-from nodes import PROGRAMS, RUNNER, Node, Started, is_running, nodes_in
+from limits import LIMIT, MB, eater, limited_group, run_in
+from nodes import PROGRAMS, RUNNER, Node, Started, has_noticed, is_running, nodes_in
 from waiting import wait_until
 
 from runner.launch.process_tree import read_table
@@ -224,33 +224,6 @@ def test_streams_that_are_closed_are_not_mistaken_for_files(node: Node, undistur
 # ---------------------------------------------------------------- a supervisor that dies
 
 
-def has_noticed(trainer: int) -> bool:
-    """Whether a trainer knows that its supervisor is dead: what it prints goes nowhere then."""
-    return Path(f"/proc/{trainer}/fd/1").readlink() == Path(os.devnull)
-
-
-def test_a_trainer_whose_supervisor_is_killed_saves_and_leaves(
-    node: Node, undisturbed: str
-) -> None:
-    params = {"befalls": {"1": {"7": "wait"}}, "workers": 2}
-    job = node.training(command=FORKS["a shell that waits"], params=params)
-    killed = start(node, job, "step 7")
-    (trainer,) = killed.pids()
-    everybody = [pid for pid in node.processes() if pid != killed.pid]
-
-    killed.send_signal(signal.SIGKILL)
-    begun = time.monotonic()
-    wait_until(lambda: has_noticed(trainer), 5, "the trainer to notice within 5 s")
-    node.gate.touch()
-    wait_until(lambda: not is_running(trainer), 5, "the trainer to leave at its next boundary")
-
-    assert time.monotonic() - begun < 7
-    assert killed.wait() == -9
-    wait_until(lambda: not any(map(is_running, everybody)), 15, "its workers to end too")
-    assert finish(node, job) == undisturbed
-    assert [(r.start_step, r.outcome) for r in node.records()] == [(0, None), (7, "succeeded")]
-
-
 def test_without_a_boundary_the_newest_slot_has_to_do(node: Node, undisturbed: str) -> None:
     job = node.training(params={"befalls": {"1": {"7": "wait"}}})
     killed = start(node, job, "step 7")
@@ -335,69 +308,6 @@ def test_a_trainer_that_crashes_does_not_wait_for_its_workers(node: Node) -> Non
 
 
 # ---------------------------------------------------------------- memory that runs out
-
-
-@contextlib.contextmanager
-def limited_group(limit: int) -> Iterator[Path]:
-    """A cgroup with a limit on memory, v2 where that has it, else v1."""
-    name = f"runner-test-{os.getpid()}"
-    for root, key in (
-        (Path("/sys/fs/cgroup"), "memory.max"),
-        (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"),
-    ):
-        with contextlib.suppress(OSError):
-            (root / name).mkdir()
-            if not (root / name / key).exists():
-                (root / name).rmdir()
-                continue
-            (root / name / key).write_text(str(limit))
-            for swap in ("memory.swap.max", "memory.memsw.limit_in_bytes"):
-                with contextlib.suppress(OSError):
-                    (root / name / swap).write_text("0" if "max" in swap else str(limit))
-            break
-    else:
-        pytest.skip("no cgroup with a limit on memory can be made here: that takes root")
-    try:
-        yield root / name
-    finally:
-        with contextlib.suppress(OSError):
-            wait_until(
-                lambda: not (root / name / "cgroup.procs").read_text(), what="an empty group"
-            )
-            (root / name).rmdir()
-
-
-def run_in(group: Path, node: Node, job: str) -> Started:
-    supervisor = node.start("run", job)
-    (group / "cgroup.procs").write_text(str(supervisor.pid))
-    return supervisor
-
-
-MB = 10**6
-LIMIT = 900 * MB
-
-
-def eater(node: Node, guard: str, **params: object) -> str:
-    return node.job(
-        "python",
-        str(PROGRAMS / "eats_memory.py"),
-        params=params,
-        resources={"memory_guard": guard},
-        env={"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
-    )
-
-
-def test_a_kill_for_want_of_memory_is_named_with_peak_and_limit(node: Node) -> None:
-    job = eater(node, "off", eats={"1": [5, 200 * MB]})
-    with limited_group(LIMIT) as group:
-        supervisor = run_in(group, node, job)
-        assert supervisor.wait() == 0, supervisor.err
-
-    first, second = node.records()
-    assert (first.outcome, first.cause, first.exit_code) == ("failed", "out of memory", -9)
-    assert second.outcome == "succeeded"
-    (line,) = [line for line in supervisor.err.splitlines() if "want of memory" in line]
-    assert "the peak was 900 MB of 900 MB" in line
 
 
 def test_the_memory_guard_saves_and_ends_the_trainer_first(node: Node) -> None:

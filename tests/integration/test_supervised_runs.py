@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -63,71 +62,6 @@ def finish(node: Node, job: str) -> str:
 
 
 # ---------------------------------------------------------------- asked to end
-
-
-def test_whatever_asks_a_run_to_end_it_goes_on_exactly(node: Node, undisturbed: str) -> None:
-    """SIGTERM, Ctrl-C and `runner stop`, one after the other, each in the middle of a step."""
-    befalls = {"1": {"5": "wait"}, "2": {"9": "wait"}, "3": {"14": "wait"}}
-    job = node.training(params={"befalls": befalls})
-
-    supervisor = start(node, job, "step 5")
-    ask(node, supervisor, signal.SIGTERM)
-    assert supervisor.wait() == 75
-    assert (node.newest().moment.step, node.newest().moment.triggers) == (5, ("preemption",))
-    assert node.spools() == []
-
-    node.gate.unlink()
-    supervisor = start(node, job, "step 9")
-    ask(node, supervisor, signal.SIGINT)
-    assert supervisor.wait() == 130
-    assert (node.newest().moment.step, node.newest().moment.triggers) == (9, ("interrupt",))
-
-    node.gate.unlink()
-    supervisor = start(node, job, "step 14")
-    stopping = node.start("stop", "job")
-    node.wait_until_asked()
-    node.gate.touch()
-    assert stopping.wait() == 0
-    assert stopping.out == "stopped at step 14, saved at step 14\n"
-    assert supervisor.wait() == 130
-    assert (node.newest().moment.step, node.newest().moment.triggers) == (14, ("interrupt",))
-
-    assert finish(node, job) == undisturbed
-
-    outcomes = [(r.start_step, r.outcome, r.end_step) for r in node.records()]
-    assert outcomes == [
-        (0, "preempted", 5),
-        (5, "interrupted", 9),
-        (9, "stopped", 14),
-        (14, "succeeded", STEPS),
-    ]
-    assert all(r.notice_to_durable_seconds is not None for r in node.records()[:3])
-    again = node.call("run", job)
-    assert (again.code, again.out) == (0, "")
-    assert "finished" in again.err
-
-
-def test_sigusr1_makes_a_checkpoint_and_training_goes_on(node: Node) -> None:
-    job = node.training(params={"befalls": {"1": {"5": "wait"}}, "epochs": 1})
-    secrets = {"AWS_SECRET_ACCESS_KEY": "a-secret", "GOOGLE_API_KEY": "another-secret"}
-    supervisor = start(node, job, "step 5", **secrets)
-
-    assert status(node)["phase"] == "running"
-    environment = Path(f"/proc/{supervisor.pids()[0]}/environ").read_bytes()
-    assert b"RUNNER_SPOOL=" in environment
-    assert b"secret" not in environment
-    supervisor.send_signal(signal.SIGRTMIN)
-    wait_until(lambda: "in wait_at_gate" in supervisor.err, what="the trainer's stacks")
-    ask(node, supervisor, signal.SIGUSR1)
-
-    assert supervisor.wait() == 0
-    saved = [(m.moment.step, m.moment.triggers) for m in node.manifests()]
-    assert saved == [(12, ("final",)), (5, ("manual",))]
-    assert len(node.records()) == 1
-    log = node.call("logs", "job").out
-    assert [line for line in log.splitlines() if line and line in supervisor.out] == (
-        supervisor.out.splitlines()
-    )
 
 
 def test_a_preemption_while_torch_is_imported_has_nothing_to_save(node: Node) -> None:
@@ -253,57 +187,6 @@ def test_a_second_ctrl_c_ends_it_at_once(node: Node) -> None:
 # ---------------------------------------------------------------- failures
 
 
-def test_a_killed_or_crashed_trainer_goes_on_with_its_newest_snapshot(
-    node: Node, undisturbed: str
-) -> None:
-    befalls = {"1": {"5": "kill"}, "2": {"9": "raise"}}
-    job = node.training(params={"befalls": befalls, "workers": 2, "helpers": True})
-
-    done = node.run("run", job)
-
-    assert done.code == 0
-    assert node.digest() == undisturbed
-    attempts = [(r.start_step, r.end_step, r.outcome, r.exit_code) for r in node.records()]
-    assert attempts == [
-        (0, 4, "failed", -9),
-        (4, 8, "failed", 1),
-        (8, STEPS, "succeeded", 0),
-    ]
-    assert node.records()[0].cause == "the trainer was killed by SIGKILL"
-    log = node.call("logs", "job").out
-    assert "RuntimeError: raised on purpose" in log
-    assert [line for line in log.splitlines() if line.startswith("ready")] == [
-        "ready at 0 in attempt 1",
-        "ready at 4 in attempt 2",
-        "ready at 8 in attempt 3",
-    ]
-
-
-def test_a_hung_trainer_behind_a_shell_shows_its_stacks_and_is_started_again(
-    node: Node, undisturbed: str
-) -> None:
-    job = node.training(
-        command=["bash", "-c", f"python3 -c pass; '{sys.executable}' '{TRAINS}'; exit $?"],
-        params={"befalls": {"1": {"5": "hang"}, "2": {"11": "wait"}}},
-        restart={"hang_timeout": "9s", "backoff": {"initial": "1ms", "max": "1ms"}},
-    )
-    supervisor = start(node, job, "step 11")
-    hung = supervisor.pids()[0]
-    assert not is_running(hung)
-
-    ask(node, supervisor, signal.SIGTERM)
-
-    assert supervisor.wait() == 75
-    assert [(r.outcome, r.cause) for r in node.records()] == [
-        ("failed", "hang"),
-        ("preempted", "preemption (SIGTERM)"),
-    ]
-    log = node.call("logs", "job").out
-    assert "in hang_for_ever" in log
-    assert log.index("step 5") < log.index("in hang_for_ever") < log.index("in attempt 2")
-    assert finish(node, job) == undisturbed
-
-
 def test_the_budget_of_failures_ends_with_70_whatever_the_code_was(node: Node) -> None:
     restart = {"failures": 2, "backoff": {"initial": "1ms", "max": "1ms"}}
     job = node.job("bash", "-c", "echo attempt $RUNNER_ATTEMPT; exit 9", restart=restart)
@@ -315,15 +198,6 @@ def test_the_budget_of_failures_ends_with_70_whatever_the_code_was(node: Node) -
     assert [(r.outcome, r.exit_code) for r in node.records()] == [("failed", 9)] * 3
     assert status(node)["phase"] == "failed"
     assert node.call("wait", "job").code == 70
-
-
-@pytest.mark.parametrize(("command", "code"), [("exit 2", 2), ("exit 0", 0)])
-def test_some_codes_end_it_at_once(node: Node, command: str, code: int) -> None:
-    done = node.run("run", node.job("bash", "-c", command))
-
-    assert done.code == code
-    assert [r.exit_code for r in node.records()] == [code]
-    assert node.call("wait", "job").code == code
 
 
 def test_a_command_that_cannot_be_started_is_the_users_error(node: Node) -> None:
@@ -348,25 +222,6 @@ def test_daemons_of_a_finished_trainer_are_not_left(node: Node) -> None:
     assert not any(map(is_running, daemons))
 
 
-def test_signals_for_the_script_reach_it_and_nothing_else_does(node: Node) -> None:
-    job = node.job("python", str(PROGRAMS / "counts_signals.py"), preemption={"grace": "400ms"})
-    supervisor = start(node, job, "trainer ready")
-    supervisor.wait_for("worker ready")
-
-    supervisor.send_signal(signal.SIGHUP)
-    supervisor.wait_for("trainer SIGHUP")
-    supervisor.send_signal(signal.SIGUSR2)
-    supervisor.wait_for("trainer SIGUSR2")
-    supervisor.send_signal(signal.SIGRTMIN)  # would be its end: it has never attached
-    supervisor.wait_for("runner: the trainer has not attached", where="err")
-    supervisor.send_signal(signal.SIGTERM)
-
-    assert supervisor.wait() == 75
-    told = [line for line in supervisor.out.splitlines() if "SIG" in line]
-    assert told == ["trainer SIGHUP", "trainer SIGUSR2"]
-    assert [record.outcome for record in node.records()] == ["preempted"]
-
-
 def test_a_home_that_cannot_be_written_does_not_stop_a_run(node: Node) -> None:
     (node.folder / "home").write_text("a file")
 
@@ -377,27 +232,6 @@ def test_a_home_that_cannot_be_written_does_not_stop_a_run(node: Node) -> None:
 
 
 # ---------------------------------------------------------------- supervisors that die
-
-
-def test_what_a_killed_supervisor_left_is_ended_and_continued(node: Node, undisturbed: str) -> None:
-    params = {"befalls": {"1": {"7": "wait"}}, "workers": 2, "helpers": True}
-    job = node.training(params=params)
-    killed = start(node, job, "step 7")
-    orphans = [pid for pid in node.processes() if pid != killed.pid]
-    assert len(orphans) == 5
-    killed.send_signal(signal.SIGKILL)
-    assert killed.wait() == -9
-    assert all(map(is_running, orphans))
-    assert status(node)["phase"] == "lost"
-
-    supervisor = start(node, job, "importing")
-
-    assert not any(map(is_running, orphans)), "nothing of them lives when the next one starts"
-    assert supervisor.wait() == 0
-    assert "in this node's memory" in supervisor.err, supervisor.err
-    assert "step 6" not in supervisor.out.splitlines(), "no step is lost but the one at hand"
-    assert node.digest() == undisturbed
-    assert [(r.start_step, r.outcome) for r in node.records()] == [(0, None), (6, "succeeded")]
 
 
 def test_a_run_has_one_supervisor_on_a_machine(node: Node) -> None:

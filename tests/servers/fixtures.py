@@ -1,4 +1,7 @@
-"""Fixtures for tests against a real S3 server: a bucket for the session, a prefix for each test."""
+"""Fixtures for tests against real servers.
+
+S3: a bucket for the session, a prefix for each test. Docker: an engine that has the base image.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,8 @@ import pytest
 from runner.store import S3Options
 from runner.store.s3 import S3Store
 from servers.ceph import Ceph, Gateway, cache_folder, given
+from servers.engine import Docker, LocalEngine
+from servers.engine import given as given_engine
 from servers.faultproxy import FaultProxy
 
 
@@ -87,6 +92,19 @@ def s3(s3_bucket: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
     for name in ("AWS_SESSION_TOKEN", "AWS_PROFILE", "AWS_ENDPOINT_URL"):
         monkeypatch.delenv(name, raising=False)
     return s3_bucket
+
+
+@pytest.fixture(scope="session")
+def engine() -> Docker:
+    """A Docker engine with the base image: the one that `DOCKER_HOST` names, or one of our own."""
+    found = given_engine()
+    if found is not None:
+        return found
+    if os.environ.get("RUNNER_TEST_SERVERS") != "1":
+        pytest.skip("no Docker engine: set RUNNER_TEST_SERVERS=1 to bring one up")
+    if os.geteuid() != 0:
+        pytest.skip("bringing up a Docker engine needs root; or set DOCKER_HOST")
+    return LocalEngine(cache_folder()).up()
 
 
 @pytest.fixture
