@@ -3,6 +3,8 @@
     RunnerError
     ├── UsageError                what the user gave is wrong: exit code 2, nothing written
     │   ├── JobError              the job file
+    │   ├── ClusterError          a Kubernetes cluster refuses, or cannot be reached
+    │   │   └── ClusterDenied     a permission is missing there
     │   └── UnknownName           a run, a checkpoint or a subset that does not exist
     ├── StoreError                the store refuses, is out of reach, or is full
     │   ├── NotFound              a key that is not there
@@ -62,6 +64,21 @@ class UnknownName(UsageError):
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         super().__init__(f"there is no {kind} {name!r}{hint}")
+
+
+class ClusterError(UsageError):
+    """A Kubernetes cluster refuses, is not there, or has something else under this name."""
+
+
+class ClusterDenied(ClusterError):
+    """The cluster knows who asks, and does not allow it: `verb` on `resource` is missing."""
+
+    def __init__(self, verb: str, resource: str, namespace: str) -> None:
+        self.verb, self.resource, self.namespace = verb, resource, namespace
+        super().__init__(
+            f"the cluster denies access: the permission to {verb} {resource} in the namespace "
+            f"{namespace} is missing; add it to a Role, as in k8s/base/rbac.yaml"
+        )
 
 
 class StoreError(RunnerError):

@@ -146,6 +146,7 @@ PLACES = {
     "botocore": {"store"},
     "prometheus_client": {"supervisor"},
     "typer": {"cli"},
+    "kubernetes": {"launch"},
     "docker": {"launch"},
     "requests": {"launch"},
     "mlflow": {"tracking"},
@@ -164,6 +165,15 @@ def test_a_library_has_its_place(library: str, layers: set[str]) -> None:
         if imported.split(".")[0] == library and layer_of(module) not in layers
     ]
     assert elsewhere == []
+
+
+def test_the_cluster_is_spoken_to_in_one_module() -> None:
+    speakers = {
+        module
+        for module, imported, _ in all_imports()
+        if imported.split(".")[0] in ("kubernetes", "urllib3")
+    }
+    assert speakers == {"runner.launch.kubernetes.client"}
 
 
 PICKLES = {"pickle", "_pickle", "cPickle", "pickletools", "cloudpickle", "dill", "joblib",
@@ -200,7 +210,7 @@ def modules_after(statements: str) -> set[str]:
     return set(subprocess.check_output([sys.executable, "-c", program], text=True).split())
 
 
-HEAVY = {"torch", "numpy", "boto3", "docker", "mlflow", "wandb", "clearml", "aim"}
+HEAVY = {"torch", "numpy", "boto3", "docker", "kubernetes", "mlflow", "wandb", "clearml", "aim"}
 SUPERVISORS = {"boto3", "docker", "prometheus_client", "psutil", "pydantic", "requests", "rich",
                "safetensors", "typer", "watchdog", "yaml"}  # fmt: skip
 

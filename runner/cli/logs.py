@@ -11,9 +11,12 @@ from typing import Annotated, Any
 
 import typer
 
+from runner.cli import cluster
 from runner.cli.common import (
     BundleOption,
+    ContextOption,
     EndpointOption,
+    NamespaceOption,
     OutputOption,
     RegionOption,
     RunName,
@@ -32,6 +35,8 @@ def logs(
     s3_endpoint: EndpointOption = None,
     s3_region: RegionOption = None,
     s3_ca_bundle: BundleOption = None,
+    namespace: NamespaceOption = None,
+    context: ContextOption = None,
     follow: Annotated[
         bool, typer.Option("-f", "--follow", help="Go on as it comes, until the run ends.")
     ] = False,
@@ -55,11 +60,16 @@ def logs(
         if wanted not in lines.STREAMS:
             raise UsageError(f"--stream {wanted}: expected one of {', '.join(lines.STREAMS)}")
     oldest = None if since is None else _oldest(since)
-    found = found_run(name, store, s3_endpoint, s3_region, s3_ca_bundle)
+    run = cluster.find(name, namespace, context, store, (s3_endpoint, s3_region, s3_ca_bundle))
+    if run is not None:
+        blocks = cluster.read_log(run, attempt, follow=follow)
+    else:
+        found = found_run(name, store, s3_endpoint, s3_region, s3_ca_bundle)
+        blocks = read_log(found, attempt, follow=follow)
     show: Callable[[Record], bytes]
     show = _as_json if output == "json" else _with_times if times else _AsPrinted()
     try:
-        for block in read_log(found, attempt, follow=follow):
+        for block in blocks:
             chosen = _chosen(block, stream or lines.STREAMS, oldest)
             sys.stdout.buffer.write(b"".join(map(show, chosen)))
             if not block:

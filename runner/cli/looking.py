@@ -9,9 +9,12 @@ from typing import Annotated, Any
 import typer
 
 from runner import exitcodes
+from runner.cli import cluster
 from runner.cli.common import (
     BundleOption,
+    ContextOption,
     EndpointOption,
+    NamespaceOption,
     Output,
     OutputOption,
     RegionOption,
@@ -34,11 +37,18 @@ def status(
     s3_endpoint: EndpointOption = None,
     s3_region: RegionOption = None,
     s3_ca_bundle: BundleOption = None,
+    namespace: NamespaceOption = None,
+    context: ContextOption = None,
     output: OutputOption = "text",
 ) -> None:
-    """Where a run is, or all runs of this machine or of a store."""
+    """Where a run is, or all runs started on this machine, or those of a store."""
     from runner.supervisor.lookup import overview
 
+    s3 = (s3_endpoint, s3_region, s3_ca_bundle)
+    if name is not None and (run := cluster.find(name, namespace, context, store, s3)):
+        facts = cluster.status(run)
+        print_json(facts) if output == "json" else cluster.print_status(facts)
+        return
     if name is not None:
         found = found_run(name, store, s3_endpoint, s3_region, s3_ca_bundle)
         _watch(found, output) if watch else _show(found, output)
@@ -46,6 +56,8 @@ def status(
     if watch:
         raise UsageError("--watch needs the name of a run")
     rows = list(overview(where(store, s3_endpoint, s3_region, s3_ca_bundle)))
+    if store is None:
+        cluster.complete(rows)
     columns = ("run_id", "phase", "step", "epoch", "attempt", "saved_step", "store")
     print_rows(rows, columns, output)
 
@@ -86,10 +98,16 @@ def stop(
     s3_endpoint: EndpointOption = None,
     s3_region: RegionOption = None,
     s3_ca_bundle: BundleOption = None,
+    namespace: NamespaceOption = None,
+    context: ContextOption = None,
 ) -> None:
     """Save a run and end it; `runner submit` continues it."""
     from runner.supervisor.lookup import status_of
 
+    s3 = (s3_endpoint, s3_region, s3_ca_bundle)
+    if run := cluster.find(name, namespace, context, store, s3):
+        cluster.stop(run)
+        return
     found = found_run(name, store, s3_endpoint, s3_region, s3_ca_bundle)
     if not found.is_live():
         raise UsageError(f"run {name} is not live on this machine")
@@ -108,10 +126,15 @@ def wait(
     s3_endpoint: EndpointOption = None,
     s3_region: RegionOption = None,
     s3_ca_bundle: BundleOption = None,
+    namespace: NamespaceOption = None,
+    context: ContextOption = None,
 ) -> None:
-    """Wait until a run on this machine has ended; exit as it did."""
+    """Wait until a run on this machine, or in a cluster, has ended; exit as it did."""
     from runner.supervisor.lookup import exit_code_of, status_of
 
+    s3 = (s3_endpoint, s3_region, s3_ca_bundle)
+    if run := cluster.find(name, namespace, context, store, s3):
+        raise typer.Exit(cluster.wait(run))
     found = found_run(name, store, s3_endpoint, s3_region, s3_ca_bundle)
     while found.is_live():
         time.sleep(0.1)

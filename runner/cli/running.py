@@ -11,14 +11,19 @@ from typing import Annotated, Any
 import typer
 
 from runner import exitcodes
+from runner.cli import cluster
 from runner.cli.common import (
     ComponentsOption,
+    ContextOption,
     FromOption,
+    ImageOption,
     JobFile,
     LauncherOption,
+    NamespaceOption,
     NewOption,
     OutputOption,
     ParamOption,
+    ProfileOption,
     RunIdOption,
     StoreOption,
     UpdateOption,
@@ -38,6 +43,13 @@ def submit(
     components: ComponentsOption = None,
     new: NewOption = False,
     update: UpdateOption = False,
+    image: ImageOption = None,
+    profile: ProfileOption = None,
+    namespace: NamespaceOption = None,
+    context: ContextOption = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="In a cluster: put this Job in an other's place.")
+    ] = False,
     detach: Annotated[bool, typer.Option("--detach", help="Return as soon as it runs.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, and start nothing.")] = False,
     plain: Annotated[
@@ -45,7 +57,13 @@ def submit(
     ] = False,
 ) -> None:
     """Start a run, or continue it if it exists."""
-    loaded = load(job, param, launcher, store)
+    loaded = load(job, param, launcher, store, image=image, profile=profile, namespace=namespace)
+    if loaded.launcher == "kubernetes":
+        wishes = _wishes(job, run_id, new, update, begin_from, components)
+        cluster.submit(loaded, wishes, context=context, replace_it=replace, dry_run=dry_run)
+        return
+    if replace or context is not None:
+        raise UsageError("--replace and --context are for the launcher kubernetes")
     if dry_run:
         _check(loaded)
         print_json(_resolved(loaded))
@@ -79,6 +97,11 @@ def run(
 ) -> None:
     """Start or continue a run in the foreground, as PID 1 of a container."""
     loaded = load(job, param, launcher, store)
+    if loaded.launcher == "kubernetes":
+        raise UsageError(
+            "launcher: kubernetes is for `runner submit`, which returns when the cluster has the "
+            "run; in the foreground, say --launcher process"
+        )
     _supervise(loaded, _wishes(job, run_id, new, update, begin_from, components))
 
 

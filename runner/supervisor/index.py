@@ -1,6 +1,6 @@
 """The runs that were started on this machine, so that `runner status` finds them by name.
 
-    $RUNNER_HOME/runs/<run>-<hash of the store>.json     one run
+    $RUNNER_HOME/runs/<run>-<hash of the store>.json     one run, also one that is in a cluster
     $RUNNER_HOME/logs/<run>-<hash of the store>/     what its attempts said, see `runner.logs`
     $RUNNER_HOME/metrics/<run>-<hash of the store>/  the values they have logged, see `pointlog`
     $RUNNER_HOME/files/<run>-<hash of the store>/    local files of a run whose store is S3
@@ -37,6 +37,8 @@ class Entry:
     logs: str
     started_at: str
     s3: Mapping[str, Any] | None = None
+    cluster: Mapping[str, str] | None = None
+    """For a run in a cluster: the namespace, and the kubeconfig's context if one was named."""
 
     @property
     def options(self) -> S3Options:

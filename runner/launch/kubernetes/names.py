@@ -12,6 +12,7 @@ import re
 from runner.job import Job
 
 RUN_ID_ANNOTATION = "runner/run-id"
+STORE_ANNOTATION = "runner/store"
 STOPPED_ANNOTATION = "runner/stopped"
 JOB_LABEL = "batch.kubernetes.io/job-name"
 """Put on the pods by the Job controller."""

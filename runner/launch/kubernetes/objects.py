@@ -84,7 +84,11 @@ def render(job: Job, run_id: str, options: Sequence[str] = ()) -> Rendered:
             "name": name,
             **metadata,
             "labels": {**metadata["labels"], **queue},
-            "annotations": {names.RUN_ID_ANNOTATION: run_id, **own.annotations},
+            "annotations": {
+                names.RUN_ID_ANNOTATION: run_id,
+                names.STORE_ANNOTATION: job.store if lasting_store(job) else LOST_STORE,
+                **own.annotations,
+            },
         },
         "spec": _job_spec(job)
         | {"template": pod.pod_template(job, name, run_id, config_name, options)},
