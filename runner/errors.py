@@ -5,9 +5,11 @@
     │   ├── JobError              the job file
     │   ├── ClusterError          a Kubernetes cluster refuses, or cannot be reached
     │   │   └── ClusterDenied     a permission is missing there
+    │   ├── NobodyAnswers         a server that is down, or an address that is wrong
     │   └── UnknownName           a run, a checkpoint or a subset that does not exist
     ├── StoreError                the store refuses, is out of reach, or is full
     │   ├── NotFound              a key that is not there
+    │   ├── RecordUnreadable      what is stored is not what was written there
     │   ├── StoreDenied           a permission is missing
     │   └── StoreUnfit            wrong bucket, region, endpoint, credentials or server
     ├── CheckpointError
@@ -54,6 +56,10 @@ class JobError(UsageError):
         super().__init__("\n".join(problems))
 
 
+class NobodyAnswers(UsageError):
+    """The store's server is not there: it is down, or its address is wrong. Who asks must know."""
+
+
 class UnknownName(UsageError):
     """A name that nothing answers to, with the nearest ones that exist."""
 
@@ -91,6 +97,10 @@ class NotFound(StoreError):
     def __init__(self, key: str) -> None:
         self.key = key
         super().__init__(f"{key} is not in the store")
+
+
+class RecordUnreadable(StoreError):
+    """The store answers, and what it has under a key of ours is nothing that we have written."""
 
 
 class StoreDenied(StoreError):
@@ -203,3 +213,13 @@ class Fenced(RunnerError):
             f"run {run_id}: attempt {attempt} belongs to another supervisor ({owner}); "
             "this one stops writing"
         )
+
+
+_NO_OUTAGES = (NotFound, RecordUnreadable, StoreDenied, StoreUnfit)
+
+
+def is_outage(error: BaseException) -> bool:
+    """Whether a store is out of reach, full or out of order, and may not be so for ever."""
+    if isinstance(error, NobodyAnswers):
+        return True
+    return isinstance(error, StoreError) and not isinstance(error, _NO_OUTAGES)

@@ -256,6 +256,11 @@ class Restart(Part):
     hang_timeout_seconds: Duration = Field(
         default=600.0, alias="hang_timeout", description="No progress for this long is a failure."
     )
+    store_timeout_seconds: Duration = Field(
+        default=1800.0,
+        alias="store_timeout",
+        description="A start waits so long for a store that is out of reach, then leaves with 75.",
+    )
     never: tuple[Annotated[int, Field(ge=1, le=255)], ...] = Field(
         default=(2,),
         strict=False,

@@ -205,6 +205,25 @@ def test_an_update_changes_the_own_record_even_when_there_is_a_newer_one(
     assert newer.latest() == theirs
 
 
+def test_what_a_store_refuses_of_a_record_is_written_before_the_next_attempt(
+    store: DirectoryStore,
+) -> None:
+    refusing = RefusingStore(store)
+    ledger = Ledger(refusing, RUN, "a" * 16)  # type: ignore[arg-type]
+    ledger.claim("node")
+    refusing.refused = {"replace"}
+    with pytest.raises(StoreError):
+        ledger.update(outcome="failed", end_step=7)
+    with pytest.raises(StoreError):
+        ledger.claim("node")
+    refusing.refused = set()
+
+    ledger.claim("node")
+
+    found = [(record.attempt, record.outcome, record.end_step) for record in ledger.records()]
+    assert found == [(1, "failed", 7), (2, None, None)]
+
+
 def test_an_update_needs_a_claim(store: DirectoryStore) -> None:
     with pytest.raises(StoreError):
         Ledger(store, RUN, "a").update(outcome="succeeded")

@@ -978,6 +978,7 @@ def test_the_schema_names_and_describes_every_key_and_no_other() -> None:
         "failures",
         "backoff",
         "hang_timeout",
+        "store_timeout",
         "never",
     }
 

@@ -52,6 +52,7 @@ from runner.supervisor.machine import (
     StacksShown,
     State,
     StopAsked,
+    StoreGone,
     Tick,
     Unhealthy,
     Worked,
@@ -147,6 +148,48 @@ HISTORIES: dict[str, tuple[Sequence[Event], Phase, list[type[Action]], int]] = {
         Phase.STARTING,
         [*START, *FAILED, Claim],
         0,
+    ),
+    "the store is out of reach at a start, and comes back": (
+        [StoreGone(1.0, "down"), Tick(1.9), Tick(2.0), StoreGone(2.5, "down"), Tick(4.5), *RUNNING],
+        Phase.RUNNING,
+        [Claim, Claim, *START],
+        0,
+    ),
+    "the store is out of reach while it is restored from: the trainer waits with it": (
+        [*RESTORING, StoreGone(1.0, "down"), Tick(1.9), Tick(2.0), RestoreReady(2.5, 0)],
+        Phase.RUNNING,
+        [*START, Restore],
+        0,
+    ),
+    "the store stays out of reach": (
+        [StoreGone(1.0, "down"), Tick(2.0), StoreGone(1801.0, "down")],
+        Phase.PREEMPTED,
+        [Claim, Claim, EndAttempt],
+        exitcodes.PREEMPTED,
+    ),
+    "the store stays out of reach, and a trainer waits for its state": (
+        [*RESTORING, StoreGone(1.0, "down"), Tick(2.0), StoreGone(1801.0, "down")],
+        Phase.PREEMPTED,
+        [*START, Restore, KillTree, EndAttempt],
+        exitcodes.PREEMPTED,
+    ),
+    "a trainer crashes while the store is out of reach": (
+        [*RESTORING, StoreGone(1.0, "down"), Exited(1.5, 1), Tick(2.5)],
+        Phase.STARTING,
+        [*START, *FAILED, Claim],
+        0,
+    ),
+    "a preemption while the store is out of reach": (
+        [*RESTORING, StoreGone(1.0, "down"), sigterm(1.5), Tick(2.0), Drained(2.5)],
+        Phase.PREEMPTED,
+        [*START, Hurry, KillTree, PersistNewest, KillTree, EndAttempt],
+        exitcodes.PREEMPTED,
+    ),
+    "a preemption, and then the store is out of reach": (
+        [*RESTORING, sigterm(1.5), StoreGone(1.6, "down"), Drained(2.5), Drained(2.6)],
+        Phase.PREEMPTED,
+        [*START, Hurry, KillTree, PersistNewest, PersistNewest, KillTree, EndAttempt],
+        exitcodes.PREEMPTED,
     ),
     "no checkpoint verifies": (
         [*RESTORING, PreparationFailed(1.0, "none is sound", final=True)],
@@ -874,8 +917,8 @@ def test_a_history_ends_where_it_should(
 A_SIGNAL = {Phase.PREEMPTED, Phase.INTERRUPTED, Phase.STOPPED}
 FAILURE = {Phase.BACKOFF, Phase.STOPPING, Phase.FAILED}
 MOVES: dict[Phase, set[Phase]] = {  # the drawing at the top of the module
-    Phase.STARTING: {Phase.RESTORING, Phase.DRAINING, *FAILURE},
-    Phase.RESTORING: {Phase.RUNNING, Phase.DRAINING, *FAILURE},
+    Phase.STARTING: {Phase.RESTORING, Phase.DRAINING, Phase.PREEMPTED, *FAILURE},
+    Phase.RESTORING: {Phase.RUNNING, Phase.DRAINING, Phase.PREEMPTED, *FAILURE},
     Phase.RUNNING: {Phase.DRAINING, Phase.PREEMPTED, *FAILURE},
     Phase.DRAINING: {Phase.SUCCEEDED, *A_SIGNAL},
     Phase.STOPPING: {Phase.BACKOFF, Phase.FAILED, *A_SIGNAL},
@@ -1551,8 +1594,23 @@ EVENTS_OF_EACH_KIND: list[Event] = [
     Overslept(999.0, 60.0),
     Worked(999.0),
     FencedOff(999.0, "x"),
+    StoreGone(999.0, "x"),
     Tick(9999.0),
 ]
+
+
+def test_a_store_that_is_out_of_reach_costs_no_failure_and_is_asked_less_and_less_often() -> None:
+    state, _ = play([])
+    waits = []
+    for _ in range(9):
+        state, _ = step(state, StoreGone(100.0, "down"))
+        assert state.retry_at is not None
+        waits.append(state.retry_at - 100.0)
+        state, actions = step(state, Tick(200.0))
+        assert actions == [Claim()]
+
+    assert waits == [1, 2, 4, 8, 16, 32, 60, 60, 60]
+    assert (state.failures, state.phase) == (0, Phase.STARTING)
 
 
 def test_there_is_an_example_of_every_event() -> None:
@@ -1578,6 +1636,7 @@ def histories(draw: st.DrawFn) -> list[Event]:
         Claimed: st.tuples(st.integers(1, 9)),
         RestoreReady: st.tuples(st.integers(0, 9)),
         PreparationFailed: st.tuples(texts, st.booleans()),
+        StoreGone: st.tuples(texts),
         LaunchFailed: st.tuples(texts),
         Exited: st.tuples(codes, st.booleans(), st.integers(-1, 9)),
         Progressed: st.tuples(st.sampled_from(["training", "after training"]), st.integers(-1, 9)),
@@ -1647,7 +1706,7 @@ def test_no_history_breaks_the_machine(policy: Policy, events: list[Event]) -> N
             running = tree_may_live = False  # nothing was started
         if isinstance(event, Drained | SaveFailed):
             persisting = False
-        if isinstance(event, RestoreReady | PreparationFailed):
+        if isinstance(event, RestoreReady | PreparationFailed | StoreGone):
             preparing = False
         for action in actions:
             match action:
@@ -1670,7 +1729,9 @@ def test_no_history_breaks_the_machine(policy: Policy, events: list[Event]) -> N
                     assert kind is Request.SAVE or state.deadline is not None
                 case Hurry(deadline):
                     assert deadline == state.deadline
-        if state.phase is Phase.BACKOFF and before.phase is not Phase.BACKOFF:
+        if isinstance(event, StoreGone) and state.phase is Phase.BACKOFF:
+            assert kinds == [], "nobody has failed"
+        elif state.phase is Phase.BACKOFF and before.phase is not Phase.BACKOFF:
             assert kinds == FAILED, "it is killed, its end written down, what it left is saved"
             unsaved = False
         if isinstance(event, Exited) and unsaved:

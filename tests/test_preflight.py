@@ -10,7 +10,15 @@ from typing import Any
 
 import pytest
 
-from runner.errors import NotFound, StoreDenied, StoreError, StoreUnfit, UsageError
+from runner.errors import (
+    NobodyAnswers,
+    NotFound,
+    RecordUnreadable,
+    StoreDenied,
+    StoreError,
+    StoreUnfit,
+    UsageError,
+)
 from runner.job import Job
 from runner.store import DirectoryStore, S3Options
 from runner.supervisor.preflight import (
@@ -21,7 +29,53 @@ from runner.supervisor.preflight import (
     refusals,
     s3_options,
     store_of,
+    until_it_answers,
 )
+
+
+class Out:
+    """A store that is out of reach so many times, or refuses for another reason."""
+
+    def __init__(self, *errors: Exception) -> None:
+        self.errors = list(errors)
+
+    def __call__(self) -> str:
+        if self.errors:
+            raise self.errors.pop(0)
+        return "there"
+
+
+def test_a_store_that_is_out_of_reach_is_asked_again_while_there_is_patience(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("runner.supervisor.preflight._FIRST_PAUSE_SECONDS", 0.01)
+
+    assert until_it_answers(Out(StoreError("down"), NobodyAnswers("port 9")), 60) == "there"
+    assert [r.message for r in caplog.records] == [
+        "the store is out of reach, tried again in 0.01 s: down",
+        "the store is out of reach, tried again in 0.02 s: port 9",
+    ]
+    with pytest.raises(StoreError, match="down"):
+        until_it_answers(Out(*[StoreError("down")] * 99), 0.05)
+    with pytest.raises(NobodyAnswers):
+        until_it_answers(Out(NobodyAnswers("port 9")), 0)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        StoreDenied("s3", "s3:PutObject", "b"),
+        StoreUnfit("s3", "wrong region", "correct it"),
+        RecordUnreadable("run.json"),
+        UsageError("no"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_what_no_waiting_helps_is_said_at_once(error: Exception) -> None:
+    out = Out(error)
+
+    with pytest.raises(type(error)):
+        until_it_answers(out, 60)
 
 
 class Pretender(DirectoryStore):

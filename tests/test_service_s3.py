@@ -385,7 +385,7 @@ def test_what_cannot_work_is_said_before_anything_is_written(
         node.environment |= environment
         job = node.job("echo", "started", store=store, s3={"region": "us-east-1", **s3})
 
-        refused = node.call("run", job)
+        refused = node.call("submit", job)
 
         node.environment.clear()
         node.environment |= before

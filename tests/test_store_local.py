@@ -557,19 +557,22 @@ def kill_everywhere(work: Callable[[], object], prepare: Callable[[], None]) -> 
 @pytest.mark.parametrize("method", ["create", "replace"])
 def test_a_kill_while_an_object_is_written_leaves_the_old_or_the_new(method: str) -> None:
     with memory_folder() as folder:
-        store = DirectoryStore(folder / "store")
         old = None if method == "create" else b"old"
         seen = set()
 
+        def opened() -> DirectoryStore:
+            return DirectoryStore(folder / "store")
+
         def prepare() -> None:
-            shutil.rmtree(store.root, ignore_errors=True)
+            shutil.rmtree(folder / "store", ignore_errors=True)
             if old is not None:
-                store.replace("run/a", old)
+                opened().replace("run/a", old)
 
         def work() -> None:
-            getattr(store, method)("run/a", b"new content")
+            getattr(opened(), method)("run/a", b"new content")
 
         for _ in kill_everywhere(work, prepare):
+            store = opened()
             there = store.children("run") == ["a"]
             seen.add(store.read("run/a", 100) if there else None)
 
@@ -659,6 +662,41 @@ def failing_calls(store: DirectoryStore, content: bytes) -> Iterator[Callable[[]
     yield lambda: store.create("run/new", content)
     yield lambda: store.replace("run/old", content)
     yield stage
+
+
+ASKS: dict[str, Callable[[DirectoryStore], Any]] = {
+    "read": lambda store: store.read("run/a", 100),
+    "stored": lambda store: store.stored("run/b"),
+    "fetch": lambda store: store.fetch("run/a", 0, memoryview(bytearray(1))),
+    "children": lambda store: store.children("run/attempts"),
+    "create": lambda store: store.create("run/b", b"new"),
+    "replace": lambda store: store.replace("run/a", b"new"),
+    "put": lambda store: store.put("run/c", Content("c", 1, iter([Part(memoryview(b"c"))]))),
+    "stage": lambda store: store.stage("run/checkpoints/x", "owner"),
+}
+
+
+@pytest.mark.parametrize("known_by", ["create", "replace", "read", "children"])
+@pytest.mark.parametrize("ask", ASKS.values(), ids=ASKS)
+def test_a_run_that_was_there_and_is_gone_is_no_empty_run(
+    tmp_path: Path, ask: Callable[[DirectoryStore], Any], known_by: str
+) -> None:
+    """Where a file system was unmounted, the mount point is left: a run would begin anew in it."""
+    for key in ("run/a", "run/attempts/000001.json"):
+        DirectoryStore(tmp_path / "store").create(key, b"a")
+    store = DirectoryStore(tmp_path / "store")
+    ASKS[known_by](store)
+    mounted = (tmp_path / "store").rename(tmp_path / "elsewhere")
+    (tmp_path / "store").mkdir()
+
+    with pytest.raises(StoreError, match="was there and is gone") as refusal:
+        ask(store)
+    assert not isinstance(refusal.value, NotFound)
+    assert list(store.root.iterdir()) == []
+
+    store.root.rmdir()
+    mounted.rename(store.root)
+    assert "a" in store.children("run")
 
 
 def test_a_full_disk_is_a_store_error_and_nothing_is_left_behind(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from runner.checkpoint.latest import Latest, read_latest, write_latest
-from runner.errors import Fenced, NotFound, StoreError
+from runner.errors import Fenced, NotFound, RecordUnreadable, StoreError
 from runner.store import Store
 
 _MAX_RECORD_BYTES = 16 << 20
@@ -77,7 +77,7 @@ class AttemptRecord:
 
     @classmethod
     def from_json(cls, data: bytes) -> AttemptRecord:
-        """Read a record; fields of later versions are passed over. StoreError if unreadable."""
+        """Read a record; fields of later versions are passed over. RecordUnreadable if it is."""
         try:
             document = json.loads(data)
             known = {each.name for each in fields(cls)}
@@ -88,7 +88,7 @@ class AttemptRecord:
             facts["metrics"] = dict(facts.get("metrics", {}))
             return cls(**facts)
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise StoreError(f"an attempt's record is unreadable: {error}") from error
+            raise RecordUnreadable(f"an attempt's record is unreadable: {error}") from error
 
 
 class Ledger:
@@ -100,6 +100,7 @@ class Ledger:
         self.gone_back: frozenset[str] = frozenset()
         """What the run has gone back from, as far as this ledger was told or has looked."""
         self._has_looked = False
+        self._late: AttemptRecord | None = None  # that the store has refused
         self._changing = threading.Lock()
 
     def run(self) -> dict[str, Any] | None:
@@ -110,9 +111,9 @@ class Ledger:
         except NotFound:
             return None
         except (ValueError, RecursionError) as error:
-            raise StoreError(f"{self.run_id}/run.json is unreadable: {error}") from error
+            raise RecordUnreadable(f"{self.run_id}/run.json is unreadable: {error}") from error
         if not isinstance(document, dict):
-            raise StoreError(f"{self.run_id}/run.json is no JSON object")
+            raise RecordUnreadable(f"{self.run_id}/run.json is no JSON object")
         return document
 
     def begin(self, document: Mapping[str, Any]) -> bool:
@@ -124,7 +125,7 @@ class Ledger:
         self._store.replace(f"{self.run_id}/run.json", _dump(document))
 
     def records(self, known: Mapping[int, AttemptRecord] | None = None) -> list[AttemptRecord]:
-        """All attempts, oldest first; StoreError if a record is unreadable.
+        """All attempts, oldest first; RecordUnreadable if one of them is.
 
         Those that are `known`, because they cannot change any more, are not read again.
         """
@@ -159,6 +160,9 @@ class Ledger:
     def claim(self, node: str) -> AttemptRecord:
         """Begin the next attempt. Its number is this owner's alone."""
         number = max(self._numbers(), default=0) + 1
+        if self._late is not None:
+            self._store.replace(self._key(self._late.attempt), self._late.to_json())
+            self._late = None
         self._complete(number - 1)
         while True:
             record = AttemptRecord(number, self.owner, node, utc_now())
@@ -169,12 +173,16 @@ class Ledger:
             number += 1
 
     def update(self, **changes: Any) -> AttemptRecord:
-        """Change the record of the attempt that was claimed last."""
+        """Change the record of the attempt that was claimed last.
+
+        What the store refuses is written with the next change, or before the next attempt.
+        """
         with self._changing:
             if self.record is None:
                 raise StoreError("no attempt has been claimed")
-            self.record = replace(self.record, **changes)
+            self.record = self._late = replace(self.record, **changes)
             self._store.replace(self._key(self.record.attempt), self.record.to_json())
+            self._late = None
             return self.record
 
     def committed(

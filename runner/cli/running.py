@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -102,7 +103,8 @@ def run(
             "launcher: kubernetes is for `runner submit`, which returns when the cluster has the "
             "run; in the foreground, say --launcher process"
         )
-    _supervise(loaded, _wishes(job, run_id, new, update, begin_from, components))
+    wishes = _wishes(job, run_id, new, update, begin_from, components)
+    _supervise(loaded, replace(wishes, waits=True))
 
 
 def _check(job: Any) -> None:

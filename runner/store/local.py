@@ -3,7 +3,9 @@
     <root>/<run>/checkpoints/step-…/       committed: complete, never changed again
     <root>/<run>/checkpoints/.tmp-step-…/  a save in progress, or the remains of one
 
-The rename is the commit. Durable means fsync of the file and of its directory.
+The rename is the commit. Durable means fsync of the file and of its directory. A run's folder that
+was there and is not any more is a file system that was unmounted: no empty run, and nothing is
+written where the mount point is left.
 """
 
 from __future__ import annotations
@@ -37,10 +39,12 @@ class DirectoryStore:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.url = str(root)
+        self._seen: set[str] = set()  # folders right below the root
 
     def read(self, key: str, limit: int) -> bytes:
         with self.errors(key), self.path(key).open("rb") as file:
             data = file.read(limit + 1)
+            self._seen.add(_first(key))
         if len(data) > limit:
             raise StoreError(f"{key} is larger than {limit} bytes")
         return data
@@ -67,6 +71,7 @@ class DirectoryStore:
             except FileExistsError:
                 return False
             _fsync_directory(path.parent)
+            self._seen.add(_first(key))
         return True
 
     def replace(self, key: str, data: bytes) -> None:
@@ -74,12 +79,13 @@ class DirectoryStore:
         with self.errors(key), self._temporary(path, data) as temporary:
             temporary.replace(path)
             _fsync_directory(path.parent)
+            self._seen.add(_first(key))
 
     def put(self, key: str, content: Content) -> tuple[bytes, ...]:
         path = self.path(key)
         temporary = path.with_name(f"{_TEMPORARY}{path.name}-{secrets.token_hex(8)}")
         with self.errors(key), ThreadPoolExecutor(_HASHING_THREADS, "hash") as pool:
-            _make_directories(path.parent)
+            self._make_folder(path.parent)
             try:
                 digests = _write_hashed(temporary, content, pool)
                 temporary.replace(path)
@@ -94,7 +100,11 @@ class DirectoryStore:
                 folder = self.path(prefix) if prefix else self.root
                 names = [path.name for path in folder.iterdir()]
             except FileNotFoundError:
+                if self._is_gone(prefix):
+                    raise
                 return []
+            if prefix:
+                self._seen.add(_first(prefix))
         return sorted(name for name in names if not name.startswith(_TEMPORARY))
 
     def delete(self, keys: Sequence[str]) -> None:
@@ -105,12 +115,13 @@ class DirectoryStore:
                 # A directory store has no empty prefixes, as S3 has none.
                 with contextlib.suppress(OSError):
                     path.parent.rmdir()
+                    self._seen.discard(str(path.parent.relative_to(self.root)))
 
     def stage(self, prefix: str, owner: str) -> StagedDirectory:
         final = self.path(prefix)
         staged = final.with_name(f"{_TEMPORARY}{final.name}-{owner}")
         with self.errors(prefix):
-            _make_directories(staged.parent)
+            self._make_folder(staged.parent)
             shutil.rmtree(staged, ignore_errors=True)  # of this owner, whose abort failed
             staged.mkdir()
         return StagedDirectory(self, staged, final)
@@ -139,6 +150,10 @@ class DirectoryStore:
         try:
             yield
         except (FileNotFoundError, NotADirectoryError) as error:
+            if self._is_gone(key):
+                raise StoreError(
+                    f"{self.root / _first(key)} was there and is gone: mount its file system again"
+                ) from error
             raise NotFound(f"{self.url}/{key}") from error
         except OSError as error:
             raise StoreError(f"{self.url}/{key}: {error.strerror or error}") from error
@@ -146,13 +161,21 @@ class DirectoryStore:
     @contextlib.contextmanager
     def _temporary(self, path: Path, data: bytes) -> Iterator[Path]:
         """A durable file with this content beside `path`; gone afterwards."""
-        _make_directories(path.parent)
+        self._make_folder(path.parent)
         temporary = path.with_name(f"{_TEMPORARY}{path.name}-{secrets.token_hex(8)}")
         try:
             _write_durably(temporary, [memoryview(data)])
             yield temporary
         finally:
             temporary.unlink(missing_ok=True)
+
+    def _is_gone(self, key: str) -> bool:
+        first = _first(key)
+        return first in self._seen and not (self.root / first).is_dir()
+
+    def _make_folder(self, path: Path) -> None:
+        first = _first(str(path.relative_to(self.root)))
+        _make_directories(path, self.root / first if first in self._seen else None)
 
 
 class StagedDirectory:
@@ -266,11 +289,18 @@ def _write_directly(file: io.FileIO, part: memoryview) -> int:
     return done
 
 
-def _make_directories(path: Path) -> None:
-    """`mkdir -p` whose new entries survive a power cut."""
+def _first(key: str) -> str:
+    """The folder right below the root that a key lies in: its run's."""
+    return key.partition("/")[0]
+
+
+def _make_directories(path: Path, there: Path | None = None) -> None:
+    """`mkdir -p` whose new entries survive a power cut. FileNotFoundError if `there` is not."""
     if path.is_dir():
         return
-    _make_directories(path.parent)
+    if path == there:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    _make_directories(path.parent, there)
     with contextlib.suppress(FileExistsError):
         path.mkdir()
     _fsync_directory(path.parent)

@@ -64,6 +64,7 @@ def policy_for(assignment: Assignment) -> machine.Policy:
         backoff_initial_seconds=restart.backoff.initial_seconds,
         backoff_max_seconds=restart.backoff.max_seconds,
         hang_timeout_seconds=restart.hang_timeout_seconds,
+        store_timeout_seconds=restart.store_timeout_seconds,
         never=tuple(restart.never),
         restore_healthy=job.health.restore == "healthy",
         seed=random.SystemRandom().getrandbits(32),

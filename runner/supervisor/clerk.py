@@ -21,7 +21,7 @@ from runner.checkpoint.attempts import AttemptRecord, Ledger
 from runner.checkpoint.keeper import Keeper, Origin, Resumption, Saved
 from runner.checkpoint.outputs import Outputs
 from runner.checkpoint.persist import Persister
-from runner.errors import Fenced, NoValidCheckpoint, RunnerError, StoreError, UsageError
+from runner.errors import Fenced, NoValidCheckpoint, RunnerError, StoreError, UsageError, is_outage
 from runner.saves import SaveRecord
 from runner.spool import RankSpool
 from runner.supervisor import events
@@ -147,7 +147,7 @@ class Clerk(threading.Thread):
             self.board = self._rank.prepare()
             self._returned = False
         except (RunnerError, OSError) as error:
-            self._post(events.PreparationFailed(time.monotonic(), str(error), final=False))
+            self._post(_not_prepared(error))
         else:
             self._post(events.Claimed(time.monotonic(), record.attempt))
 
@@ -163,7 +163,7 @@ class Clerk(threading.Thread):
         except (NoValidCheckpoint, UsageError) as error:
             self._post(events.PreparationFailed(time.monotonic(), str(error), final=True))
         except (RunnerError, OSError) as error:
-            self._post(events.PreparationFailed(time.monotonic(), str(error), final=False))
+            self._post(_not_prepared(error))
         else:
             step = 0 if resumption is None else resumption.moment.step
             if self.board is not None:
@@ -321,6 +321,12 @@ def record_of(saved: Saved) -> SaveRecord:
         snapshot_seconds=moment.snapshot_seconds,
         persist_seconds=saved.persist_seconds,
     )
+
+
+def _not_prepared(error: Exception) -> events.Event:
+    if is_outage(error):
+        return events.StoreGone(time.monotonic(), str(error))
+    return events.PreparationFailed(time.monotonic(), str(error), final=False)
 
 
 def _be_nice() -> None:

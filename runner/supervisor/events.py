@@ -46,6 +46,13 @@ class PreparationFailed(Event):
 
 
 @dataclass(frozen=True)
+class StoreGone(Event):
+    """The attempt could not be claimed, or its state not fetched, for the store is out of reach."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
 class LaunchFailed(Event):
     """The command cannot be started at all."""
 

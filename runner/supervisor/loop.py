@@ -336,6 +336,8 @@ class Supervisor:
             self._saves.begin(event.attempt)
             self._logs.begin(event.attempt)
             self._trackers.news()
+        if isinstance(event, events.RestoreReady) and before.phase is machine.Phase.RESTORING:
+            self._begin_at = None  # it has begun there, so what comes after that is newer
         if isinstance(event, events.Interrupt) and self._clerk.board is not None:
             # What a second one costs is said at once, so it must be known where the trainer is.
             board = self._clerk.board
@@ -360,7 +362,6 @@ class Supervisor:
                     self._clerk.claim()
                 case events.Restore(go_back):
                     self._clerk.restore(go_back, self._begin_at, self._assignment.origin)
-                    self._begin_at = None
                 case events.Launch():
                     self._launch()
                 case events.Ask(kind, why, deadline):

@@ -5,6 +5,8 @@
      │ └───────────┴──────────┴───────────────────▶ BACKOFF | FAILED    (a crash; cannot be started)
      └─ BACKOFF
     STARTING, RESTORING ─▶ STOPPING                 (given up)
+    STARTING ─▶ BACKOFF, RESTORING ─▶ RESTORING     (the store is out of reach: tried again)
+    STARTING, RESTORING ─▶ PREEMPTED                (the store stays out of reach)
     STARTING, RESTORING, BACKOFF ─▶ DRAINING        (a signal; it ends well before it has begun)
     STOPPING ─▶ PREEMPTED | INTERRUPTED | STOPPED   (a signal while one that hangs is ended)
     RUNNING ─▶ PREEMPTED                            (a deadline that this process has overslept)
@@ -67,11 +69,17 @@ from runner.supervisor.events import (
     StacksAsked,
     StacksShown,
     StopAsked,
+    StoreGone,
     Tick,
     Unhealthy,
     Worked,
 )
-from runner.supervisor.restarts import backoff_seconds, describe_exit, diagnosis
+from runner.supervisor.restarts import (
+    backoff_seconds,
+    describe_exit,
+    diagnosis,
+    wait_for_store,
+)
 from runner.supervisor.state import EXIT_CODES, TERMINAL, WHY, Phase, Policy, State
 
 __all__ = ["TERMINAL", "Phase", "Policy", "State", "begin", "step"]
@@ -107,10 +115,12 @@ def step(state: State, event: Event) -> Step:
             return launched, [Restore(state.go_back), Launch()]
         case RestoreReady() if state.phase is Phase.RESTORING:
             return learning.restored(state, event), []
-        case RestoreReady() | PreparationFailed() if state.phase is Phase.BACKOFF:
+        case RestoreReady() | PreparationFailed() | StoreGone() if state.phase is Phase.BACKOFF:
             return replace(state, preparing=False), []
         case PreparationFailed() | LaunchFailed() if state.phase is not Phase.BACKOFF:
             return _cannot_start(replace(state, preparing=False), event)
+        case StoreGone():
+            return _on_store_gone(replace(state, preparing=False), event)
         case Exited():
             reached = max(state.step, event.step)
             return _on_exit(replace(state, alive=False, kill_at=None, step=reached), event)
@@ -320,7 +330,7 @@ def _fail_for_good(state: State, at: float, exit_code: int) -> Step:
     return _kill_and_persist(failed)
 
 
-def _cannot_start(state: State, event: PreparationFailed | LaunchFailed) -> Step:
+def _cannot_start(state: State, event: PreparationFailed | LaunchFailed | StoreGone) -> Step:
     """No trainer can run, or the one that waits for its state would wait for ever."""
     if state.leave_at is not None:
         state = _draining(state, Phase.PREEMPTED, state.cause)
@@ -331,7 +341,7 @@ def _cannot_start(state: State, event: PreparationFailed | LaunchFailed) -> Step
     state = replace(state, cause=event.reason)
     if isinstance(event, LaunchFailed):
         failed = replace(state, goal=Phase.FAILED, exit_code=exitcodes.USAGE)
-    elif event.final:
+    elif isinstance(event, PreparationFailed) and event.final:
         failed = replace(state, goal=Phase.FAILED, exit_code=exitcodes.GIVEN_UP)
     else:
         stopping = replace(state, phase=Phase.STOPPING)
@@ -339,6 +349,22 @@ def _cannot_start(state: State, event: PreparationFailed | LaunchFailed) -> Step
         return stopped, [Say(event.reason, is_error=True), *actions]
     finished, actions = _finish(failed)
     return finished, [Say(event.reason, is_error=True), *actions]
+
+
+def _on_store_gone(state: State, event: StoreGone) -> Step:
+    """Nothing can begin, and nobody has failed."""
+    if state.goal is not None:
+        return _cannot_start(state, event)
+    if state.phase not in (Phase.STARTING, Phase.RESTORING):
+        return state, []
+    waiting = wait_for_store(state, event.at)
+    if waiting is not None and waiting.retry_at is not None:
+        again = f"tried again in {waiting.retry_at - event.at:.3g} s"
+        return waiting, [Say(f"the store is out of reach, {again}: {event.reason}", is_error=True)]
+    over = f"the store was out of reach for {state.policy.store_timeout_seconds:g} s"
+    deadline = event.at + state.policy.grace_seconds
+    left, actions = _finish(replace(state, goal=Phase.PREEMPTED, cause=over, deadline=deadline))
+    return left, [Say(f"{over}: start it again when it is there: {event.reason}", True), *actions]
 
 
 def _on_signal(state: State, event: Notice | Interrupt | StopAsked) -> Step:
@@ -393,6 +419,9 @@ def _on_tick(state: State, at: float) -> Step:
         ):
             fresh = replace(state, phase=Phase.STARTING, retry_at=None, cause="", goal=None)
             return fresh, [Claim()]
+        case Phase.RESTORING if state.retry_at is not None and at >= state.retry_at:
+            again = replace(state, retry_at=None, preparing=True)
+            return again, [Restore(state.go_back)]
         case Phase.RUNNING if state.leave_at is not None:
             return _leave_in_time(state, at)
         case Phase.RUNNING if _hangs(state, at):

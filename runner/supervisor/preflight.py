@@ -13,19 +13,30 @@ import secrets
 import socket
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 from urllib.parse import urlsplit
 
 from runner.checkpoint.frames import zstd_library
-from runner.errors import NotFound, StoreDenied, StoreError, StoreUnfit, UsageError
+from runner.errors import (
+    NobodyAnswers,
+    NotFound,
+    StoreDenied,
+    StoreError,
+    StoreUnfit,
+    UsageError,
+    is_outage,
+)
 from runner.job import Job, is_s3
 from runner.store import S3Options, Store, open_store
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 PROBES = ".runner-probe"
 _CONNECT_SECONDS = 5.0
 _LOOKS_AT_SERVER = 3
+_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 1.0, 30.0
 _MAX_PROBE_BYTES = 64
 _ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 
@@ -108,6 +119,21 @@ def check_writable(job: Job, store: Store) -> None:
         )
 
 
+def until_it_answers(ask: Callable[[], T], patience_seconds: float) -> T:
+    """Ask the store again while it is out of reach, as long as there is patience."""
+    until, pause = time.monotonic() + patience_seconds, _FIRST_PAUSE_SECONDS
+    while True:
+        try:
+            return ask()
+        except (NobodyAnswers, StoreError) as error:
+            left = until - time.monotonic()
+            if left <= 0 or not is_outage(error):
+                raise
+            log.error("the store is out of reach, tried again in %.3g s: %s", pause, error)
+        time.sleep(min(pause, left))
+        pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+
+
 def endpoint_of(options: S3Options) -> tuple[str, str | None]:
     """Who has named the server, and its URL; None is AWS, or what a profile of boto3 says."""
     if options.endpoint is not None:
@@ -142,7 +168,7 @@ def check_listing(store: Store) -> None:
 
 
 def check_endpoint(store: Store, options: S3Options) -> None:
-    """UsageError if the endpoint that was named cannot be one: no such name, or nobody listens."""
+    """UsageError if the endpoint that was named cannot be one; NobodyAnswers if nobody is there."""
     source, named = endpoint_of(options)
     if named is None:
         return
@@ -158,7 +184,7 @@ def check_endpoint(store: Store, options: S3Options) -> None:
         if problem is None:
             return
         time.sleep(0.5)
-    raise UsageError(
+    raise NobodyAnswers(
         f"the store {store.url} cannot be used: {source} is {named}, and {problem}; "
         "correct the address, or start the server"
     )

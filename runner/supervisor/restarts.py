@@ -5,8 +5,9 @@ from __future__ import annotations
 import random
 import signal
 from collections import Counter
+from dataclasses import replace
 
-from runner.supervisor.state import Policy, State
+from runner.supervisor.state import Phase, Policy, State
 
 _MAX_DOUBLINGS = 60  # of the backoff: its longest is reached long before
 
@@ -23,6 +24,26 @@ def backoff_seconds(policy: Policy, failures: int, starts: int) -> float:
         return longest
     share = random.Random(f"{policy.seed} {starts}").random()
     return longest * (1 + share) / 2
+
+
+def wait_for_store(state: State, at: float) -> State | None:
+    """A start that found the store out of reach: it tries again later, which is no failure.
+
+    A trainer that was launched already waits with it. None when it was waited for long enough.
+    """
+    since = at if state.store_gone_since is None else state.store_gone_since
+    if at - since >= state.policy.store_timeout_seconds:
+        return None
+    refusals = state.refusals + 1
+    wait = backoff_seconds(state.policy, refusals, state.starts + refusals)
+    return replace(
+        state,
+        phase=Phase.BACKOFF if state.phase is Phase.STARTING else state.phase,
+        preparing=False,
+        store_gone_since=since,
+        refusals=refusals,
+        retry_at=at + wait,
+    )
 
 
 def diagnosis(state: State) -> str:

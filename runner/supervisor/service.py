@@ -12,11 +12,11 @@ from runner import __version__
 from runner.checkpoint.archive import Archive
 from runner.checkpoint.attempts import Ledger, utc_now
 from runner.checkpoint.provenance import mask_secrets
-from runner.errors import SpoolTaken, StoreDenied, StoreError, StoreUnfit, UsageError
-from runner.exitcodes import FINISHED
+from runner.errors import NobodyAnswers, SpoolTaken, StoreError, UsageError, is_outage
+from runner.exitcodes import FINISHED, PREEMPTED
 from runner.job import Job, check_launchable, check_run_id, differences, is_s3, job_as_submitted
 from runner.launch.base import Places
-from runner.launch.site import site_for
+from runner.launch.site import Site, site_for
 from runner.spool import Spool, new_owner, spool_path
 from runner.store import Store
 from runner.supervisor import index
@@ -31,6 +31,7 @@ from runner.supervisor.preflight import (
     refusals,
     s3_options,
     store_of,
+    until_it_answers,
 )
 from runner.supervisor.trial import check_entrypoint
 from runner.tracking import locate
@@ -49,6 +50,8 @@ class Wishes:
     components: tuple[str, ...] = ()
     submitted: Mapping[str, Any] | None = None
     """What the job file itself says, for the run's record."""
+    waits: bool = False
+    """For a store that is out of reach: nobody is there to be told."""
 
 
 def run_id_for(job: Job, wishes: Wishes, store: Store) -> str:
@@ -84,17 +87,49 @@ def supervise(
         place = locate.place_of(str(wishes.begin_from), job.tracking, job.workdir)
         wishes = replace(wishes, begin_from=place)
     store = store_of(job)
-    check_reachable(job, store)
-    with refusals(store):
-        known, found = _look(job, wishes, store)
-    if found is None:
-        return FINISHED
-    run_id, ledger = found.run_id, Ledger(store, found.run_id, new_owner())
-    check_writable(job, store)
-    if not _has_validated_so(known, job):
-        check_entrypoint(job)
-    pinned = None if known is None or wishes.update else known.get("image")
-    site = site_for(job, pinned, _state_bytes(store, run_id), index.home() / "images")
+    patience_seconds = job.restart.store_timeout_seconds if wishes.waits else 0.0
+
+    def look() -> tuple[dict[str, Any] | None, Assignment | None]:
+        check_reachable(job, store)
+        with refusals(store):
+            known, found = _look(job, wishes, store)
+        if found is not None:
+            check_writable(job, store)
+        return known, found
+
+    try:
+        known, found = until_it_answers(look, patience_seconds)
+        if found is None:
+            return FINISHED
+        if not _has_validated_so(known, job):
+            check_entrypoint(job)
+        pinned = None if known is None or wishes.update else known.get("image")
+        state_bytes = _state_bytes(store, found.run_id)
+        site = site_for(job, pinned, state_bytes, index.home() / "images")
+        spool = _open_spool(found.run_id, store, site)
+        ledger = Ledger(store, found.run_id, new_owner())
+        try:
+            until_it_answers(
+                lambda: _write_run(ledger, known, job, wishes, site.image), patience_seconds
+            )
+        except StoreError as error:
+            spool.remove()
+            if is_outage(error) and (wishes.waits or is_s3(store.url)):
+                raise  # it may work another time
+            raise UsageError(f"the store cannot be written: {error}") from error
+    except (NobodyAnswers, StoreError) as error:
+        if not wishes.waits or not is_outage(error):
+            raise
+        log.error("the store was out of reach for %g s: %s", patience_seconds, error)
+        return PREEMPTED
+    entry = _remember(job, store, spool, found.run_id)
+    files = LocalFiles(index.files_of(found.run_id, store.url))
+    launcher = site.launcher(found.run_id, Places(spool.path, files.outputs, files.slots))
+    audience = None if audience_of is None else audience_of(run_of(entry))
+    return Supervisor(found, store, spool, ledger, launcher, audience).run()
+
+
+def _open_spool(run_id: str, store: Store, site: Site) -> Spool:
     root = os.environ.get(index.SPOOL_ROOT_VARIABLE)
     spool = Spool(spool_path(run_id, store.url, root), site.owner)
     try:
@@ -104,22 +139,17 @@ def supervise(
             f"run {run_id} is live on this machine; look at it with `runner status {run_id}`, "
             f"end it with `runner stop {run_id}`, or start another one with --new"
         ) from error
-    try:
-        _write_run(ledger, known, job, wishes, site.image)
-    except StoreError as error:
-        spool.remove()
-        if is_s3(store.url) and not isinstance(error, StoreDenied | StoreUnfit):
-            raise  # it may work another time
-        raise UsageError(f"the store cannot be written: {error}") from error
+    return spool
+
+
+def _remember(job: Job, store: Store, spool: Spool, run_id: str) -> index.Entry:
+    """So that commands on this machine find the run."""
     logs = str(index.logs_of(run_id, store.url))
     options = asdict(s3_options(job)) if is_s3(store.url) else None
     entry = index.Entry(run_id, store.url, str(spool.path), logs, utc_now(), options)
     index.remember(entry)
     log.info("run %s: checkpoints in %s", run_id, store.url)
-    files = LocalFiles(index.files_of(run_id, store.url))
-    launcher = site.launcher(run_id, Places(spool.path, files.outputs, files.slots))
-    audience = None if audience_of is None else audience_of(run_of(entry))
-    return Supervisor(found, store, spool, ledger, launcher, audience).run()
+    return entry
 
 
 def _state_bytes(store: Store, run_id: str) -> int | None:

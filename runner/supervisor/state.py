@@ -54,6 +54,7 @@ class Policy:
     """The part of the job file that the machine obeys. All durations in seconds.
 
     `seed` spreads the restarts of many runs that have failed for one reason; None is for none.
+    `store_timeout_seconds` is how long a start waits for a store that is out of reach.
     `stacks_seconds` is what the stacks of a hung trainer may take. `logs` is where a person finds
     what the trainer printed.
     """
@@ -63,6 +64,7 @@ class Policy:
     backoff_initial_seconds: float = 1.0
     backoff_max_seconds: float = 60.0
     hang_timeout_seconds: float = 600.0
+    store_timeout_seconds: float = 1800.0
     never: tuple[int, ...] = (2,)
     restore_healthy: bool = False
     seed: int | None = None
@@ -81,7 +83,8 @@ class State:
     `step` is how far the trainer has come, `kept_step` the newest that is durable on this way;
     `durable_step` the highest that ever was. After a notice with time to go on, `leave_at` is when
     the last save is asked for. `sick_since` is the step at which metrics ceased to be finite.
-    `showing`: the stacks of a hung trainer are being written down, and `kill_at` waits for them.
+    `store_gone_since` is when a start first found the store out of reach, `refusals` how often it
+    has. `showing`: the stacks of a hung trainer are written down, and `kill_at` waits for them.
     """
 
     policy: Policy = field(default_factory=Policy)
@@ -95,6 +98,8 @@ class State:
     failures: int = 0
     causes: tuple[str, ...] = ()
     starts: int = 0
+    store_gone_since: float | None = None
+    refusals: int = 0
     step: int = -1
     kept_step: int = -1
     durable_step: int = -1

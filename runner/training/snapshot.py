@@ -138,20 +138,18 @@ class SnapshotWriter:
         """A slot to overwrite, its marker withdrawn, and the triggers that go over to this save.
 
         First one that holds nothing, then the oldest. One that must be persisted is overwritten by
-        nothing but a later `full` save, if an interval was the only reason for it. Its memory is
-        had before its marker goes: where there is no room, what it holds stays complete.
+        nothing but a later `full` save, if an interval was the only reason for it; that save takes
+        it first, so that a store that is out of reach leaves a slot for the newest state. Its
+        memory is had before its marker goes: where there is no room, what it holds stays complete.
         """
         while True:
             complete = {marker.slot: marker for marker in self._rank.complete()}
             free = [i for i in range(self._slots.count) if i not in complete]
-            unneeded_first = sorted(complete, key=lambda slot: complete[slot].must)
-            for index in [*free, *unneeded_first]:
-                marker = complete.get(index)
-                inherited: tuple[str, ...] = ()
-                if marker is not None and marker.must:
-                    inherited = tuple(marker.moment["triggers"])
-                    if not (must and full) or inherited != ("interval",):
-                        continue
+            due = {i: tuple(m.moment["triggers"]) for i, m in complete.items() if m.must}
+            outdated = [i for i in due if must and full and due[i] == ("interval",)]
+            unneeded = [i for i in complete if i not in due]
+            for index in [*free, *outdated, *unneeded]:
+                inherited = due.get(index, ())
                 if index >= self._slots.count or self._rank.is_claimed(index):
                     continue
                 self._slots.get(index, nbytes)

@@ -1,0 +1,134 @@
+"""The store, the disks and the clock fail a run for a while: it comes to its end all the same.
+
+Real processes on small file systems, with a store that is moved away and a clock that is turned.
+"""
+
+from __future__ import annotations
+
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+from nodes import Node, Started, nodes_in
+
+STEPS = 24
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The digest of the run that nothing disturbs."""
+    with nodes_in(tmp_path_factory.mktemp("undisturbed")) as new:
+        node = new("node")
+        done = node.run("run", node.training())
+        assert done.code == 0, done.err
+        return node.digest()
+
+
+def start(node: Node, job: str, until: str) -> Started:
+    supervisor = node.start("run", job)
+    supervisor.wait_for(until)
+    return supervisor
+
+
+# ---------------------------------------------------------------- the store
+
+
+def unmounted(node: Node) -> Path:
+    """The store's directory is gone; an empty mount point is left."""
+    away = node.store_folder.rename(node.folder / "unmounted")
+    node.store_folder.mkdir()
+    return away
+
+
+def mounted(node: Node, away: Path) -> None:
+    """It is there again. Nothing may have been written where it was missing."""
+    node.store_folder.rmdir()
+    away.rename(node.store_folder)
+
+
+def test_a_store_that_is_gone_for_a_while_costs_no_step_and_no_failure(
+    node: Node, undisturbed: str
+) -> None:
+    """Saves wait in their slot, and the next attempt waits too. The newest state is still kept."""
+    befalls = {"1": {"5": "be saved", "7": "wait", "14": "raise"}}
+    job = node.training(
+        params={"befalls": befalls},
+        checkpoint={"every": {"steps": 4}, "snapshot_every": {"steps": 1}},
+        restart={"failures": 1, "backoff": {"initial": "20ms", "max": "50ms"}},
+    )
+    supervisor = start(node, job, "step 7")
+    away = unmounted(node)
+    node.gate.touch()
+    supervisor.wait_for("runner: a checkpoint could not be saved", where="err")
+    supervisor.wait_for("runner: the store is out of reach", where="err", times=4)
+    mounted(node, away)
+
+    assert supervisor.wait() == 0, supervisor.err
+    assert node.digest() == undisturbed
+    assert [(r.start_step, r.outcome) for r in node.records()] == [(0, "failed"), (13, "succeeded")]
+
+
+def test_a_run_that_finds_no_store_for_too_long_asks_to_be_started_again(
+    node: Node, undisturbed: str
+) -> None:
+    """With what the trainer has left kept on the node for then."""
+    node.keeps_spool = True
+    job = node.training(
+        params={"befalls": {"1": {"7": "wait", "9": "raise"}}},
+        restart={"store_timeout": "200ms", "backoff": {"initial": "20ms", "max": "50ms"}},
+    )
+    supervisor = start(node, job, "step 7")
+    away = unmounted(node)
+    node.gate.touch()
+
+    assert supervisor.wait() == 75, supervisor.err
+    assert "the store was out of reach for 0.2 s: start it again" in supervisor.err
+    mounted(node, away)
+    done = node.run("run", job)
+    assert done.code == 0, done.err
+    assert node.digest() == undisturbed
+    assert [r.start_step for r in node.records()] == [0, 8]
+    assert node.spools() == []
+
+
+def test_a_preemption_without_a_store_leaves_the_state_on_the_node(
+    node: Node, undisturbed: str
+) -> None:
+    """A node that is not taken away after all goes on from it."""
+    job = node.training(
+        params={"befalls": {"1": {"7": "wait"}}},
+        preemption={"grace": "2s"},
+    )
+    supervisor = start(node, job, "step 7")
+    away = unmounted(node)
+    supervisor.send_signal(signal.SIGTERM)
+    node.wait_until_asked()
+    node.gate.touch()
+
+    assert supervisor.wait() == 75, supervisor.err
+    assert "nothing is durable: 7 steps are lost" in supervisor.err
+    mounted(node, away)
+    done = node.run("run", job)
+    assert done.code == 0, done.err
+    assert node.digest() == undisturbed
+    assert [r.start_step for r in node.records()] == [0, 7]
+
+
+def test_a_server_that_nobody_starts_is_waited_for_by_run_and_told_by_submit(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A container is started again; a person who has mistyped an address wants to know."""
+    monkeypatch.setattr("runner.supervisor.preflight._LOOKS_AT_SERVER", 1)
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        nobody = f"http://127.0.0.1:{closed.getsockname()[1]}"
+    keys = {"store": "s3://bucket/x", "s3": {"endpoint": nobody, "region": "us-east-1"}}
+    job = node.job("true", **keys, restart={"store_timeout": "2s"})
+
+    unattended, attended = node.call("run", job), node.call("submit", job)
+
+    assert (unattended.code, attended.code) == (75, 2)
+    assert "tried again in" in unattended.err
+    assert "the store was out of reach for 2 s" in unattended.err
+    assert "tried again" not in attended.err
+    assert "correct the address, or start the server" in attended.err
