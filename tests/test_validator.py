@@ -412,3 +412,9 @@ def test_the_end_waits_for_the_last_one_if_it_may(
     at_work.validator.finish(lambda: True)
 
     assert at_work.results() == [(final.name, "unknown")]
+
+
+def test_for_a_pod_its_own_supervisor_looks() -> None:
+    job = job_with("not.here:check").model_copy(update={"launcher": "kubernetes"})
+
+    check_entrypoint(job)

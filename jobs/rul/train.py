@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import random
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,8 @@ def main() -> None:
     run = runner.attach(model=net, ema=ema, optimizer=optimizer, warmup=warmup, plateau=plateau)
 
     data = prepare(p, run.state)
+    run.note(network=asdict(config))
+    run.fingerprint({"files": run.state["data"]["sha256"]}, name=p["subset"])
     for epoch in run.epochs(p["epochs"]):
         for batch in run.batches(data.loader):
             run.log(train_loss=train_step(net, ema, optimizer, batch))

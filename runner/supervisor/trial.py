@@ -155,10 +155,11 @@ class Trial:
 def check_entrypoint(job: Job) -> None:
     """UsageError if the function that is to validate is not there, or cannot be called.
 
-    It is imported in a process of its own, and not called. Does nothing where none is named.
+    It is imported in a process of its own, and not called. Does nothing where none is named, nor
+    for a pod, whose own supervisor looks: this machine need not have what is in the image.
     """
     validation = job.checkpoint.validation
-    if validation is None:
+    if validation is None or job.launcher == "kubernetes":
         return
     with tempfile.TemporaryDirectory() as folder:
         request = {"entrypoint": validation.entrypoint}

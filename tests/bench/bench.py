@@ -22,7 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tests.bench import disturbing, enduring, s3, saving, stalling, starting
+from tests.bench import disturbing, enduring, s3, saving, stalling, starting, validating
 from tests.bench.figures import Check, Figure, as_table
 from tests.bench.place import Place
 from tests.bench.supervised import warm_up
@@ -30,6 +30,7 @@ from tests.bench.supervised import warm_up
 SIZES_MB = (1.0, 500.0)
 SAVING_SIZES_MB = (50.0, 600.0, 3000.0)
 EMERGENCY_SIZE_MB = 600.0
+VALIDATED_SIZE_MB = 50.0
 REPETITIONS, QUICK_REPETITIONS = 5, 2
 STARTS = 15
 
@@ -54,6 +55,7 @@ def measurements(repetitions: int, starts: int) -> dict[str, Callable[[Place], M
     for size in SAVING_SIZES_MB:
         parts[f"save-{size:g}"] = of_size(saving.measure, size)
     parts["every-step"] = of_size(saving.measure_every_step, EMERGENCY_SIZE_MB)
+    parts["validate"] = of_size(validating.measure, VALIDATED_SIZE_MB)
     many = repetitions > QUICK_REPETITIONS
     times = enduring.PREEMPTIONS if many else enduring.QUICK_PREEMPTIONS
     parts["endure"] = lambda place: enduring.measure(place, times)

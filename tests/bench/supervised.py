@@ -38,6 +38,7 @@ class Settings:
     steps: int = 0
     save_every_steps: int | None = None
     snapshot_every_steps: int | None = None
+    validate: dict[str, Any] | None = None
 
 
 class SupervisedRun:
@@ -60,6 +61,7 @@ class SupervisedRun:
     def _document(self) -> dict[str, Any]:
         """The job file: JSON is YAML too."""
         every, snapshot_every = self._settings.save_every_steps, self._settings.snapshot_every_steps
+        validate = self._settings.validate
         return {
             "name": "bench",
             "command": ["python", "-m", "tests.bench.trainer"],
@@ -74,6 +76,7 @@ class SupervisedRun:
             "checkpoint": {
                 "every": {"minutes": 600} if every is None else {"steps": every},
                 "snapshot_every": "auto" if snapshot_every is None else {"steps": snapshot_every},
+                **({} if validate is None else {"validate": validate}),
             },
             "preemption": {"grace": "120s"},
             "restart": {"backoff": {"initial": "1ms", "max": "1ms"}},
