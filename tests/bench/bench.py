@@ -22,7 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tests.bench import disturbing, enduring, s3, saving, stalling, starting, validating
+from tests.bench import disturbing, enduring, s3, saving, scraping, stalling, starting, validating
 from tests.bench.figures import Check, Figure, as_table
 from tests.bench.place import Place
 from tests.bench.supervised import warm_up
@@ -54,6 +54,7 @@ def measurements(repetitions: int, starts: int) -> dict[str, Callable[[Place], M
         parts[f"stall-{size:g}"] = of_size(stalling.measure, size)
     for size in SAVING_SIZES_MB:
         parts[f"save-{size:g}"] = of_size(saving.measure, size)
+    parts["scrape"] = lambda place: scraping.measure(place, repetitions)
     parts["every-step"] = of_size(saving.measure_every_step, EMERGENCY_SIZE_MB)
     parts["validate"] = of_size(validating.measure, VALIDATED_SIZE_MB)
     many = repetitions > QUICK_REPETITIONS

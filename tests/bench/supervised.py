@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -80,6 +81,7 @@ class SupervisedRun:
             },
             "preemption": {"grace": "120s"},
             "restart": {"backoff": {"initial": "1ms", "max": "1ms"}},
+            "metrics": {"port": 0},
         }
 
     @property
@@ -114,6 +116,13 @@ class SupervisedRun:
     def pid(self) -> int:
         """The supervisor's."""
         return self._running.pid
+
+    @property
+    def address(self) -> str:
+        """Where the supervisor can be asked, as it said last."""
+        found = re.findall(r"http://(\S+)/metrics", self._log.read_text(errors="replace"))
+        self._expect(bool(found), "it says of no endpoint")
+        return str(found[-1])
 
     @property
     def _running(self) -> subprocess.Popen[bytes]:
