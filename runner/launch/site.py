@@ -19,7 +19,7 @@ from runner.launch.container import DockerLauncher, seat_of
 from runner.launch.engine import Engine
 from runner.launch.image import Image, find_image, look_into
 from runner.launch.local import ProcessLauncher
-from runner.launch.users import container_user, owner_of, user_mode
+from runner.launch.users import check_readable, container_user, owner_of, user_mode
 from runner.spool import Owner
 
 
@@ -94,6 +94,7 @@ def site_for(
     mode = user_mode(engine, job)
     found = look_into(engine, job, find_image(engine, job.image, pinned), mode, cache)
     user = container_user(engine, job, found, os.geteuid(), os.getegid())
+    check_readable(job.workdir, user)
     return ContainerSite(job, engine, found, user)
 
 

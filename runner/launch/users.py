@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from runner.errors import UsageError
 from runner.job import Job
@@ -32,6 +33,20 @@ def container_user(engine: Engine, job: Job, image: Image, uid: int, gid: int) -
     if job.user:
         return job.user
     return f"{image.uid}:{image.gid}" if image.uid else f"{NOBODY}:{NOBODY}"
+
+
+def check_readable(folder: Path, user: str) -> None:
+    """UsageError if the trainer may not look into its workdir, by its mode: the owner is known."""
+    owner = owner_of(user)
+    if owner is None:
+        return
+    status = folder.stat()
+    bits = 6 if status.st_uid == owner[0] else 3 if status.st_gid == owner[1] else 0
+    if (status.st_mode >> bits) & 0o5 != 0o5:
+        raise UsageError(
+            f"workdir: the trainer is user {owner[0]}, who may not read {folder}; allow it "
+            "(chmod o+rx), or name another `user`"
+        )
 
 
 def user_mode(engine: Engine, job: Job) -> str:

@@ -3,7 +3,7 @@
     python -m tests.bench.bench [--quick] [--json FILE | -o json] [--only NAME] [--patience SECONDS]
 
 With `S3_ENDPOINT` in the environment, a bucket, too: `PYTHONPATH=tests python -m servers.ceph up`
-brings up a server and prints what reaches it.
+brings up a server and prints what reaches it. With `DOCKER_HOST`, containers: `servers.engine`.
 Prints a table, or one JSON document with everything in it. Ends with 1 if what was measured was
 not right: if a run that was disturbed did not end in the very state of one that was not. A limit
 that was missed is printed, and no error: it may be the machine's fault.
@@ -22,7 +22,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tests.bench import disturbing, enduring, s3, saving, scraping, stalling, starting, validating
+from tests.bench import (
+    containing,
+    disturbing,
+    enduring,
+    s3,
+    saving,
+    scraping,
+    stalling,
+    starting,
+    validating,
+)
 from tests.bench.figures import Check, Figure, as_table
 from tests.bench.place import Place
 from tests.bench.supervised import warm_up
@@ -60,6 +70,8 @@ def measurements(repetitions: int, starts: int) -> dict[str, Callable[[Place], M
     many = repetitions > QUICK_REPETITIONS
     times = enduring.PREEMPTIONS if many else enduring.QUICK_PREEMPTIONS
     parts["endure"] = lambda place: enduring.measure(place, times)
+    if "DOCKER_HOST" in os.environ:
+        parts["container"] = lambda place: containing.measure(place, repetitions)
     if "S3_ENDPOINT" in os.environ:
         parts["s3"] = lambda place: s3.measure(place, repetitions)
         parts["s3-memory"] = lambda place: s3.measure_memory(place, 1)

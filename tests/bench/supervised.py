@@ -40,6 +40,7 @@ class Settings:
     save_every_steps: int | None = None
     snapshot_every_steps: int | None = None
     validate: dict[str, Any] | None = None
+    contained: bool = False
 
 
 class SupervisedRun:
@@ -54,7 +55,12 @@ class SupervisedRun:
         self._finish = place.memory / f"{run_id}.finish"
         self._log = place.disk / f"{run_id}.log"
         self._job = place.disk / f"{run_id}.json"
-        self._job.write_text(json.dumps(self._document()))
+        document = self._document()
+        if settings.contained:
+            from tests.bench.containing import in_container
+
+            document = in_container(document, place)
+        self._job.write_text(json.dumps(document))
         self._process: subprocess.Popen[bytes] | None = None
         self._notes: list[Note] = []
         self._read_bytes = 0
