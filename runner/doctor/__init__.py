@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from runner.checkpoint.archive import Archive
 from runner.checkpoint.manifest import Manifest
 from runner.doctor import machine, server
+from runner.doctor.containers import container
 from runner.doctor.finding import Finding, Verdict, fail, ok, size_text, warn
 from runner.doctor.probes import Probes
 from runner.errors import StoreError, UsageError
@@ -32,6 +33,7 @@ def examine(job: Job, run_id: str | None = None) -> Iterator[Finding]:
     """
     run_id = check_run_id(job.name if run_id is None else run_id)
     yield from machine.command(job)
+    yield from container(job)
     yield from machine.gpu()
     yield machine.notices(job)
     try:
