@@ -64,7 +64,9 @@ def test_a_container_has_little_of_the_machine(node: Node, engine: Docker) -> No
 def test_the_doctor_looks_at_engine_and_image(node: Node, engine: Docker) -> None:
     node.use(engine)
 
-    found = {f["check"]: f for f in node.call("doctor", _plain(node), "-o", "json").json}
+    findings = node.call("doctor", _plain(node), "-o", "json").json["findings"]
+
+    found = {finding["check"]: finding for finding in findings}
 
     assert found["engine"]["facts"].startswith("Docker ")
     assert "with Python 3.11" in found["image"]["facts"]
