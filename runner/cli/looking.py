@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import typer
 
-from runner import exitcodes
 from runner.cli import cluster
 from runner.cli.common import (
     BundleOption,
@@ -51,7 +50,12 @@ def status(
         return
     if name is not None:
         found = found_run(name, store, s3_endpoint, s3_region, s3_ca_bundle)
-        _watch(found, output) if watch else _show(found, output)
+        if watch:
+            from runner.views.watching import watch as look_on
+
+            look_on(found, as_json=output == "json")
+        else:
+            _show(found, output)
         return
     if watch:
         raise UsageError("--watch needs the name of a run")
@@ -80,16 +84,6 @@ def _show(run: Any, output: Output) -> None:
     typer.echo()
     for key in ("phase", "cause", "node", "last_checkpoint", "store", "pid"):
         typer.echo(f"{key:<16} {'-' if seen[key] is None else plain(seen[key])}")
-
-
-def _watch(run: Any, output: Output) -> None:
-    """Until it has ended, or somebody has seen enough."""
-    from runner.views.watching import watch
-
-    try:
-        watch(run, as_json=output == "json")
-    except KeyboardInterrupt:
-        raise typer.Exit(exitcodes.INTERRUPTED) from None
 
 
 def stop(

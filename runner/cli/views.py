@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 from pathlib import Path
@@ -75,8 +74,7 @@ def ui(
     with Server(host, port, pages) as server:
         typer.echo(server.address)
         sys.stdout.flush()
-        with contextlib.suppress(KeyboardInterrupt):
-            server.serve_forever()
+        server.serve_forever()
 
 
 def _write(path: Path, text: str) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from runner.errors import RunnerError, UnknownName, UsageError
+from runner.job import check_run_id
 from runner.supervisor.lookup import Where, find_run
 from runner.supervisor.lookup import overview as all_statuses
 from runner.views import page
@@ -82,6 +83,7 @@ class Pages:
         with self._lock:
             found = self._lookers.get(name)
         if found is None:
+            _check_name(name)
             found = Looker(find_run(name, self._where)), threading.Lock()
             with self._lock:
                 while len(self._lookers) >= _MOST_LOOKERS:
@@ -95,6 +97,14 @@ class Pages:
             document = make()
             self._made[key] = time.monotonic(), document
         return document
+
+
+def _check_name(name: str) -> None:
+    """UnknownName for what cannot be the name of a run: it would be a path in the store."""
+    try:
+        check_run_id(name)
+    except UsageError:
+        raise UnknownName("run", name) from None
 
 
 class Server(ThreadingHTTPServer):
