@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +30,8 @@ from runner.checkpoint.retention import Keep
 from runner.checkpoint.validation import Tolerances, Verdict, judge
 from runner.errors import UsageError
 from runner.job import Job
+from runner.launch.process import TrainerProcess
+from runner.launch.process_tree import read_entry
 from runner.saves import SaveRecord
 from runner.spool import open_slot
 from runner.store import DirectoryStore
@@ -244,6 +248,37 @@ def test_one_that_dies_says_how(tmp_path: Path) -> None:
     _, answer = tried(tmp_path, 60.0, threading.Event(), JUDGE_DIES="1")
 
     assert answer.problem.startswith("it ended with signal SIGSEGV")
+
+
+def test_one_that_was_killed_says_nothing_of_the_checkpoint(tmp_path: Path) -> None:
+    place = Workplace.of(job_with(env={"JUDGE_HANGS": "1"}))
+    trial = Trial(place, tmp_path / "trial", {"entrypoint": "judges:val_loss"})
+    trial.begin()
+    threading.Timer(0.2, os.kill, (trial.pid, signal.SIGKILL)).start()
+
+    answer = trial.wait(60.0, threading.Event())
+
+    assert answer is not None
+    assert answer.problem == ""
+    assert answer.unusable.startswith("it was ended with signal SIGKILL")
+
+
+def test_the_end_of_a_trainer_is_not_that_of_a_trial(tmp_path: Path) -> None:
+    with (tmp_path / "out").open("wb") as out, TrainerProcess.start(
+        [sys.executable, "-c", "input()"], cwd=tmp_path, env=dict(os.environ), stdout=out.fileno(),
+        stderr=out.fileno(),
+    ) as trainer:  # fmt: skip
+        place = Workplace.of(job_with(env={"JUDGE_HANGS": "1"}))
+        trial = Trial(place, tmp_path / "trial", {"entrypoint": "judges:val_loss"})
+        trial.begin()
+        wait_until(lambda: os.getsid(trial.pid) == trial.pid, 30, "a session of its own")
+
+        trainer.kill_tree()
+
+        entry = read_entry(trial.pid)
+        assert entry is not None
+        assert entry.alive
+    assert trial.wait(0.0, threading.Event()) is not None
 
 
 def test_one_gives_way_at_once(tmp_path: Path) -> None:

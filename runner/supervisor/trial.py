@@ -25,12 +25,14 @@ from runner.errors import UsageError
 from runner.job import Job
 from runner.job_launch import import_folders, interpreter
 from runner.launch.process import build_environment
+from runner.launch.process_tree import MARK_VARIABLE, mark_prefix, read_entry
 from runner.units import format_duration
 
 _LOOK_SECONDS = 0.05
 _CHECK_SECONDS = 120.0
 _PATIENCE = 6  # times the limit, for a process that is hardly ever given a processor
 _TAIL_BYTES = 2000
+_FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _NO_GPU = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES")
 
@@ -62,6 +64,7 @@ class Workplace:
         own = {"RUNNER_RUN_ID": run_id, "RUNNER_PARAMS": json.dumps(job.params)}
         environment = build_environment(os.environ, own, job.env)
         environment |= dict.fromkeys(_ONE_THREAD, "1") | dict.fromkeys(_NO_GPU, "")
+        environment[MARK_VARIABLE] = _mark()
         folders = tuple(import_folders(job))
         # What a container's command begins with is not on this machine.
         python = interpreter(job) if job.launcher == "process" else sys.executable
@@ -135,6 +138,8 @@ class Trial:
             result = json.loads(self._result.read_bytes())
         except (OSError, ValueError):
             how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+            if -code in _FROM_OUTSIDE:
+                return Answer(unusable=f"it was ended with {how}, for want of memory maybe")
             return Answer(problem=f"it ended with {how}{self._last_words()}")
         if "unusable" in result:
             return Answer(unusable=result["unusable"])
@@ -169,6 +174,12 @@ def check_entrypoint(job: Job) -> None:
     problem = answer and (answer.problem or answer.unusable)
     if problem:
         raise UsageError(f"checkpoint.validate.entrypoint: {problem}")
+
+
+def _mark() -> str:
+    """What tells its processes from those of a trainer, all of which are killed with it."""
+    own = read_entry(os.getpid())
+    return "" if own is None else f"{mark_prefix(own)}.trial"
 
 
 def waited_seconds(pid: int) -> float:

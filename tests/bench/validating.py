@@ -17,7 +17,7 @@ from tests.bench.supervised import Settings, SupervisedRun
 
 _SECONDS = 60.0
 _SAVE_EVERY_STEPS = 20
-_WARM_UP_STEPS = 40
+_WARM_UP_STEPS = 20
 VALIDATE = {"entrypoint": "tests.bench.validating:check", "every": 4}
 
 
