@@ -65,6 +65,7 @@ class Monitor:
         self._known = 0  # the attempt before which all records are known
         self._goodput: Goodput | None = None
         self._reason: str | None = None
+        self._noticed = False
         self._written_at = 0.0
         self._tally = metrics.tally_for(store_url)
         self._counting = Counting(self._tally, store_url)
@@ -78,7 +79,7 @@ class Monitor:
                 job.metrics.host,
                 job.metrics.port,
                 self._pulse,
-                Sources(metrics=self._metrics, status=self.status),
+                Sources(metrics=self.rendered, status=self.status),
             )
             if job.metrics.is_served
             else None
@@ -142,7 +143,8 @@ class Monitor:
                 reason, self._reason = self._reason, None
                 if reason is not None:
                     self.tell(Restarted(reason))
-            case Notice() if before.deadline is None:
+            case Notice() if not self._noticed:
+                self._noticed = True
                 self.tell(Noticed(event.source, max(0.0, event.deadline - event.at)))
             case Progressed():
                 self._gauges.moved(event.at)
@@ -152,11 +154,12 @@ class Monitor:
                 left = after.policy.grace_seconds - event.emergency_seconds
                 self._tally.set("runner_grace_headroom_seconds", left)
         if after.phase in _ENDING and before.phase not in _ENDING:
-            self._ends(event, before)
+            self._ends(event, before, after)
 
-    def _ends(self, event: Event, before: State) -> None:
+    def _ends(self, event: Event, before: State, after: State) -> None:
         """The attempt is being ended, or is over: why."""
-        self._reason = _reason(event)
+        if after.phase is not Phase.DRAINING:  # after which nothing is started again here
+            self._reason = _reason(event)
         if self._reason == "hang":
             self._meter.hangs(before.progress_at)
         else:
@@ -205,7 +208,8 @@ class Monitor:
 
     # ------------------------------------------------------------------ answers
 
-    def _metrics(self, accept: str) -> tuple[bytes, str]:
+    def rendered(self, accept: str) -> tuple[bytes, str]:
+        """The metrics of this moment, in the format that is asked for, and its type."""
         self._look()
         return metrics.rendered(self._registry, accept)
 
@@ -247,7 +251,7 @@ class Monitor:
 
 
 def _reason(event: Event) -> str:
-    """What ended an attempt, told by the event that did."""
+    """What ended an attempt that may be followed by another, told by the event that did."""
     match event:
         case Tick():
             return "hang"
