@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from buckets import Bucket, new_bucket
-from nodes import Node
+from nodes import PROGRAMS, Node
 from servers.ceph import Gateway
 from slots import commit, snapshot
 
@@ -58,6 +58,16 @@ def test_the_same_is_said_for_programs(node: Node) -> None:
     assert "MB/s" in found["throughput"]["facts"] or "GB/s" in found["throughput"]["facts"]
     assert found["throughput"]["facts"].endswith("with 33.6 MB in 4 parts")
     assert "not known before the first" in found["emergency save"]["facts"]
+
+
+def test_the_entry_point_of_a_validation_is_looked_at(node: Node) -> None:
+    def said_of(entrypoint: str) -> dict[str, Any]:
+        checkpoint = {"validate": {"entrypoint": entrypoint}}
+        job = node.job("true", workdir=str(PROGRAMS), checkpoint=checkpoint)
+        return examined(node, job)["validation"]
+
+    assert said_of("judges:val_loss")["verdict"] == "ok"
+    assert "judges has no 'val'" in said_of("judges:val")["facts"]
 
 
 def test_looking_leaves_nothing_in_the_store_and_starts_nothing(node: Node) -> None:

@@ -33,6 +33,7 @@ def examine(job: Job, run_id: str | None = None) -> Iterator[Finding]:
     """
     run_id = check_run_id(job.name if run_id is None else run_id)
     yield from machine.command(job)
+    yield from machine.validation(job)
     yield from container(job)
     yield from machine.gpu()
     yield machine.notices(job)
