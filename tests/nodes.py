@@ -264,9 +264,9 @@ class Node:
         """Until the supervisor has asked the trainer for something."""
         wait_until(lambda: self.board(run_id).request_number > 0, what="the request on the board")
 
-    def processes(self) -> list[int]:
-        """All that were started on this node and live."""
-        needle = str(self.memory).encode()
+    def processes(self, memory: Path | None = None) -> list[int]:
+        """All that were started on this node and live, or those with a spool in that folder."""
+        needle = str(memory or self.memory).encode()
         found = []
         for path in Path("/proc").glob("[0-9]*/environ"):
             pid = int(path.parent.name)

@@ -19,7 +19,8 @@ pytest.importorskip("kubernetes")
 from runner.errors import ClusterDenied, ClusterError
 from runner.job import Job
 from runner.launch.kubernetes import control, objects, state
-from runner.launch.kubernetes.client import Absent, Cluster, Taken, connect
+from runner.launch.kubernetes.answers import RIGHTS, Absent, Taken
+from runner.launch.kubernetes.client import Cluster, connect
 from runner.launch.kubernetes.control import Step
 from runner.launch.kubernetes.state import Phase
 
@@ -339,6 +340,8 @@ def test_the_role_allows_exactly_what_is_asked_for(api: KubeApi, cluster: Cluste
         for verb in rule["verbs"]
     }
     assert set(api.requests) == allowed
+    asked = {f"{v} {'/'.join(filter(None, (k.resource, k.subresource)))}" for v, k in RIGHTS}
+    assert asked == allowed
 
 
 # ---------------------------------------------------------------------------- the command line
@@ -430,6 +433,19 @@ def test_an_api_that_nobody_serves_is_exit_code_2(node: Node) -> None:
     assert refused.code == 2
     assert "cannot be reached" in refused.err
     assert "--context" in refused.err
+
+
+def test_doctor_tells_what_a_cluster_would_refuse(node: Node, api: KubeApi) -> None:
+    api.denied.add(("get", "pods/log"))
+    found = call(node, api, "doctor", job_file(node), "--profile", "gke-spot", "-o", "json")
+
+    verdicts = {each["check"]: (each["verdict"], each["facts"]) for each in found.json["findings"]}
+    assert found.code == 2
+    assert verdicts["cluster"][0] == "FAIL"
+    assert "get pods/log" in verdicts["cluster"][1]
+    assert verdicts["grace"][0] == "warn"
+    assert "cloud.google.com" in verdicts["grace"][1]
+    assert verdicts["kubernetes"][0] == "warn", "the store is a directory"
 
 
 def test_a_dry_run_asks_nobody(node: Node) -> None:

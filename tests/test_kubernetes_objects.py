@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from golden import kubernetes as golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nodes import Node
+from servers import kubectl as kubectl_of_tests
 
 from runner.errors import JobError
 from runner.job import Job, load_job
@@ -83,7 +83,7 @@ def test_the_schemas_would_find_a_wrong_key() -> None:
 
 def built(folder: str) -> list[dict[str, Any]]:
     """What `kubectl kustomize` makes of a folder of `k8s/`."""
-    kubectl = shutil.which("kubectl")
+    kubectl = kubectl_of_tests.find()
     if kubectl is None:
         pytest.skip("there is no kubectl")
     command = [kubectl, "kustomize", str(golden.ROOT / "k8s" / folder)]

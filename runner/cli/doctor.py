@@ -6,9 +6,14 @@ import typer
 
 from runner import exitcodes
 from runner.cli.common import (
+    ContextOption,
+    ImageOption,
     JobFile,
+    LauncherOption,
+    NamespaceOption,
     OutputOption,
     ParamOption,
+    ProfileOption,
     RunIdOption,
     StoreOption,
     load,
@@ -19,15 +24,21 @@ from runner.cli.common import (
 def doctor(
     job: JobFile,
     param: ParamOption = None,
+    launcher: LauncherOption = None,
     store: StoreOption = None,
     run_id: RunIdOption = None,
+    image: ImageOption = None,
+    profile: ProfileOption = None,
+    namespace: NamespaceOption = None,
+    context: ContextOption = None,
     output: OutputOption = "text",
 ) -> None:
     """Try the store, its permissions and its speed; look at memory, grace, GPU and command."""
     from runner.doctor import Verdict, examine
 
     findings = []
-    for finding in examine(load(job, param, None, store), run_id):
+    loaded = load(job, param, launcher, store, image=image, profile=profile, namespace=namespace)
+    for finding in examine(loaded, run_id, context):
         findings.append(finding)
         if output == "text":
             typer.echo(finding.as_line())

@@ -11,12 +11,13 @@ from collections.abc import Iterator
 
 from runner.checkpoint.archive import Archive
 from runner.checkpoint.manifest import Manifest
-from runner.doctor import machine, server
+from runner.doctor import cluster, machine, server
 from runner.doctor.containers import container
 from runner.doctor.finding import Finding, Verdict, fail, ok, size_text, warn
 from runner.doctor.probes import Probes
 from runner.errors import StoreError, UsageError
 from runner.job import Job, check_run_id, is_s3
+from runner.launch.kubernetes.profiles import grace_seconds
 from runner.store import Store
 from runner.supervisor.assignment import GRACE_VARIABLE
 from runner.supervisor.forecast import EmergencySave
@@ -25,18 +26,22 @@ from runner.supervisor.preflight import check_prefix, s3_options, store_of
 __all__ = ["Finding", "Verdict", "examine"]
 
 
-def examine(job: Job, run_id: str | None = None) -> Iterator[Finding]:
+def examine(job: Job, run_id: str | None = None, context: str | None = None) -> Iterator[Finding]:
     """Everything that can be looked at, in the order in which it would be needed.
 
     `run_id` is the run whose newest checkpoint tells the size of the state; default: the job's
-    name. UsageError if it cannot be one.
+    name. UsageError if it cannot be one. `context` is the kubeconfig's, for a run in a cluster.
     """
     run_id = check_run_id(job.name if run_id is None else run_id)
-    yield from machine.command(job)
-    yield from machine.validation(job)
-    yield from container(job)
-    yield from machine.gpu()
-    yield machine.notices(job)
+    in_cluster = job.launcher == "kubernetes"  # then this machine only looks at the store
+    yield from cluster.grace(job)
+    if in_cluster:
+        yield from cluster.rendered(job, run_id)
+        yield from cluster.rights(job, context)
+        if not is_s3(job.store):
+            return
+    else:
+        yield from _examine_machine(job)
     try:
         store = store_of(job)
         if is_s3(store.url):
@@ -50,8 +55,17 @@ def examine(job: Job, run_id: str | None = None) -> Iterator[Finding]:
     except UsageError as error:
         yield fail("store", str(error))
         return
-    yield from machine.spool(job, run_id, store.url)
+    if not in_cluster:
+        yield from machine.spool(job, run_id, store.url)
     yield from _examine_store(job, run_id, store)
+
+
+def _examine_machine(job: Job) -> Iterator[Finding]:
+    yield from machine.command(job)
+    yield from machine.validation(job)
+    yield from container(job)
+    yield from machine.gpu()
+    yield machine.notices(job)
 
 
 def _examine_store(job: Job, run_id: str, store: Store) -> Iterator[Finding]:
@@ -71,7 +85,8 @@ def _examine_store(job: Job, run_id: str, store: Store) -> Iterator[Finding]:
         yield from probes.speed()
         newest = _newest(store, run_id)
     state_bytes = None if newest is None else newest.content_nbytes
-    yield from machine.memory(job, run_id, store.url, state_bytes)
+    if job.launcher != "kubernetes":
+        yield from machine.memory(job, run_id, store.url, state_bytes)
     yield _emergency_save(job, probes.upload_bytes_per_second, newest)
 
 
@@ -87,7 +102,7 @@ def _newest(store: Store, run_id: str) -> Manifest | None:
 def _emergency_save(job: Job, bytes_per_second: float | None, newest: Manifest | None) -> Finding:
     """Whether the state can be made durable between a notice and the kill."""
     given = os.environ.get(GRACE_VARIABLE)
-    grace = float(given) if given else job.preemption.grace_seconds
+    grace = float(given) if given else grace_seconds(job)
     if bytes_per_second is None:
         return warn("emergency save", "unknown: the store's throughput could not be measured")
     if newest is None:

@@ -202,19 +202,25 @@ class _Handler(BaseHTTPRequestHandler):
     server_api: KubeApi
 
     def do_GET(self) -> None:
-        self._answer("GET")
+        self._serve("GET")
 
     def do_POST(self) -> None:
-        self._answer("POST")
+        self._serve("POST")
 
     def do_PATCH(self) -> None:
-        self._answer("PATCH")
+        self._serve("PATCH")
 
     def do_DELETE(self) -> None:
-        self._answer("DELETE")
+        self._serve("DELETE")
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
+
+    def _serve(self, method: str) -> None:
+        try:
+            self._answer(method)
+        except (BrokenPipeError, ConnectionResetError):  # whoever watched has seen enough
+            self.close_connection = True
 
     def _answer(self, method: str) -> None:
         length = int(self.headers.get("Content-Length") or 0)

@@ -12,11 +12,21 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runner.errors import ClusterDenied, ClusterError
+from runner.errors import ClusterError
+from runner.launch.kubernetes.answers import (
+    CONFIG_MAPS,
+    JOBS,
+    LOGS,
+    PODS,
+    REVIEWS,
+    Absent,
+    Answer,
+    Kind,
+    refusal,
+)
 from runner.launch.kubernetes.names import JOB_LABEL
 from runner.launch.kubernetes.pod import CONTAINER
 
@@ -25,41 +35,12 @@ log = logging.getLogger(__name__)
 _CONNECT_SECONDS, _READ_SECONDS = 5.0, 30.0
 _WATCH_SECONDS = 240
 _TRIES = 5
-_LONGEST_RETRY_SECONDS = 30.0
 _PAUSE_SECONDS = 1.0
 _IN_POD = "KUBERNETES_SERVICE_HOST"
 _NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 _MERGE = "application/merge-patch+json"
 
 Json = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A resource as permissions name it."""
-
-    group: str
-    resource: str
-    subresource: str = ""
-
-    @property
-    def words(self) -> str:
-        name = "/".join(filter(None, (self.resource, self.subresource)))
-        return f"{name}.{self.group}" if self.group else name
-
-
-JOBS = Kind("batch", "jobs")
-CONFIG_MAPS = Kind("", "configmaps")
-PODS = Kind("", "pods")
-LOGS = Kind("", "pods", "log")
-
-
-class Absent(ClusterError):
-    """There is no object of this name."""
-
-
-class Taken(ClusterError):
-    """There is an object of this name already, or it has changed meanwhile."""
 
 
 class _Expired(Exception):
@@ -148,6 +129,26 @@ class Cluster:
             except _Expired:
                 log.debug("the watch of job %s has expired", name)
 
+    def may(self, verb: str, kind: Kind) -> bool:
+        """Whether whoever asks is allowed to. Everybody may ask that about himself."""
+        from kubernetes import client
+
+        attributes = {
+            "namespace": self.namespace,
+            "verb": verb,
+            "group": kind.group,
+            "resource": kind.resource,
+            "subresource": kind.subresource,
+        }
+        review = {
+            "apiVersion": "authorization.k8s.io/v1",
+            "kind": "SelfSubjectAccessReview",
+            "spec": {"resourceAttributes": {k: v for k, v in attributes.items() if v}},
+        }
+        create = client.AuthorizationV1Api(self._api).create_self_subject_access_review
+        answer = self._ask("create", REVIEWS, create, body=review)
+        return bool(answer["status"]["allowed"])
+
     def log_lines(self, pod: str, *, follow: bool) -> Iterator[bytes]:
         """Lines with the time of each in front; until the container's end, with `follow`.
 
@@ -207,15 +208,18 @@ class Cluster:
         for left in reversed(range(_TRIES)):
             try:
                 return method(
-                    namespace=self.namespace,
+                    **({} if kind is REVIEWS else {"namespace": self.namespace}),
                     _preload_content=False,
                     _request_timeout=timeout,
                     **arguments,
                 )
             except ApiException as error:
-                pause = _retry_seconds(error)
+                answer = Answer(
+                    error.status or 0, verb, kind, self.namespace, error.body, error.headers or {}
+                )
+                pause = answer.retry_seconds
                 if pause is None or not left:
-                    raise self._refusal(verb, kind, error) from error
+                    raise refusal(answer, lambda: self._surely_may(verb, kind)) from error
                 log.info("the cluster is busy: asked again in %g s", pause)
                 self._sleep(pause)
             except (HTTPError, OSError) as error:
@@ -225,70 +229,18 @@ class Cluster:
                 self._sleep(_PAUSE_SECONDS)
         raise AssertionError("the last try returns or raises")
 
+    def _surely_may(self, verb: str, kind: Kind) -> bool:
+        try:
+            return self.may(verb, kind)
+        except ClusterError:  # whoever gets no answer to that is not allowed to
+            return False
+
     def _out_of_reach(self, error: Exception) -> ClusterError:
         return ClusterError(
             f"the cluster at {self._api.configuration.host} cannot be reached "
             f"({type(error).__name__}); is it running, and is the kubeconfig's context the right "
             "one? (--context, KUBECONFIG)"
         )
-
-    def _refusal(self, verb: str, kind: Kind, error: Any) -> ClusterError:
-        """What to do about an answer that is none of the good ones."""
-        status = _status_of(error)
-        message = str(status.get("message") or error.reason or "")
-        details = status.get("details") or {}
-        if error.status == 404 and details.get("kind") == "namespaces":
-            return ClusterError(
-                f"there is no namespace {self.namespace}; create it, or name another one with "
-                "--namespace or kubernetes.namespace"
-            )
-        if error.status == 404:
-            return Absent(f"{kind.words}: {message}")
-        if error.status == 409:
-            return Taken(f"{kind.words}: {message}")
-        if error.status == 401:
-            return ClusterError(
-                "the cluster does not know who asks: the credentials in the kubeconfig are wrong, "
-                "or have expired; log in again"
-            )
-        if error.status == 403:
-            if self._may(verb, kind) is False:
-                return ClusterDenied(verb, kind.words, self.namespace)
-            return ClusterError(
-                f"the cluster refuses to {verb} {kind.words} in the namespace {self.namespace}: "
-                f"{message}. Ask for less, free something, or have a quota or a policy changed"
-            )
-        return ClusterError(
-            f"the cluster refuses to {verb} {kind.words} ({error.status}): {message}"
-        )
-
-    def _may(self, verb: str, kind: Kind) -> bool:
-        """Whether whoever asks is allowed to: a refusal may be a quota's or a policy's as well.
-
-        Everybody may ask that about himself; whoever gets no answer is taken not to be.
-        """
-        from kubernetes import client
-        from kubernetes.client.exceptions import ApiException
-        from urllib3.exceptions import HTTPError
-
-        attributes = {
-            "namespace": self.namespace,
-            "verb": verb,
-            "group": kind.group,
-            "resource": kind.resource,
-            "subresource": kind.subresource,
-        }
-        review = {
-            "apiVersion": "authorization.k8s.io/v1",
-            "kind": "SelfSubjectAccessReview",
-            "spec": {"resourceAttributes": {k: v for k, v in attributes.items() if v}},
-        }
-        ask = client.AuthorizationV1Api(self._api).create_self_subject_access_review
-        try:
-            answer = ask(body=review, _preload_content=False, _request_timeout=_READ_SECONDS)
-            return bool(json.loads(answer.data)["status"]["allowed"])
-        except (ApiException, HTTPError, OSError, ValueError, KeyError, TypeError):
-            return False
 
 
 def connect(context: str | None = None, namespace: str | None = None) -> Cluster:
@@ -331,26 +283,6 @@ def _own_namespace() -> str | None:
         return _NAMESPACE_FILE.read_text(encoding="utf-8").strip() or None
     except OSError:
         return None
-
-
-def _retry_seconds(error: Any) -> float | None:
-    """How long a busy server asks to be left alone; None if it is not that."""
-    if error.status not in (429, 503):
-        return None
-    asked = (error.headers or {}).get("Retry-After")
-    if asked is None and error.status == 503:
-        return None
-    seconds = float(asked) if asked is not None and asked.isdigit() else _PAUSE_SECONDS
-    return min(seconds, _LONGEST_RETRY_SECONDS)
-
-
-def _status_of(error: Any) -> Json:
-    """The API's own account of an error. Source: the API conventions, `Status`."""
-    try:
-        status = json.loads(error.body)
-    except (TypeError, ValueError):
-        return {}
-    return status if isinstance(status, dict) else {}
 
 
 def _lines_of(response: Any) -> Iterator[bytes]:

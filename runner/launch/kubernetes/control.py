@@ -14,7 +14,8 @@ from typing import Any
 
 from runner.errors import ClusterError
 from runner.launch.kubernetes import state
-from runner.launch.kubernetes.client import Absent, Cluster, Taken
+from runner.launch.kubernetes.answers import Absent, Taken
+from runner.launch.kubernetes.client import Cluster
 from runner.launch.kubernetes.names import RUN_ID_ANNOTATION, STOPPED_ANNOTATION
 from runner.launch.kubernetes.objects import Rendered
 from runner.launch.kubernetes.state import Phase
