@@ -127,7 +127,7 @@ def test_what_kustomize_builds_is_valid(folder: str) -> None:
 
 
 def test_the_monitor_selects_what_the_pods_bear() -> None:
-    (monitor,) = built("monitoring")
+    (monitor,) = (each for each in built("monitoring") if each["kind"] == "PodMonitor")
     template = spec_of(job_of())["template"]
     wanted = monitor["spec"]["selector"]["matchLabels"]
 
