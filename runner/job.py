@@ -20,6 +20,7 @@ from pydantic import ValidationError
 
 from runner.errors import UsageError
 from runner.job_container import Mount
+from runner.job_export import Export
 from runner.job_launch import check_launchable, resolved_command, shadowing_file, workdir_problem
 from runner.job_model import (
     Backoff,
@@ -50,6 +51,7 @@ __all__ = [
     "Every",
     "EveryEpochs",
     "EverySteps",
+    "Export",
     "Health",
     "Job",
     "Keep",

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from runner.errors import JobError
+from runner.job_entrypoint import function_problem
 from runner.job_model import Job
 from runner.job_tracking import missing_tracker
 
@@ -80,6 +81,8 @@ def check_launchable(job: Job) -> None:
         problems.append(
             f"command: {shadow} would be imported in place of the package `runner`; rename it"
         )
+    if job.export.onnx and (problem := function_problem(job.export.onnx, import_folders(job))):
+        problems.append(f"export.onnx: {problem}")
     if problem := missing_tracker(job.tracking):
         problems.append(problem)
     if problems:

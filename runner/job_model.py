@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from runner.job_container import Image, Mount, Network, User, each_target_once, needed
+from runner.job_export import Export
 from runner.job_kubernetes import Kubernetes
 from runner.job_metrics import Cost, Metrics
 from runner.job_provenance import Provenance
@@ -406,6 +407,7 @@ class Job(Part):
     logs: Logs = Logs()
     metrics: Metrics = Metrics()
     tracking: Tracking | None = None
+    export: Export = Export()
     cost: Cost | None = None
     kubernetes: Kubernetes = Kubernetes()
 

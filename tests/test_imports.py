@@ -154,6 +154,8 @@ PLACES = {
     "clearml": {"tracking"},
     "aim": {"tracking"},
     "rich": {"views"},
+    "onnx": {"training"},
+    "onnxruntime": {"training"},
 }
 
 

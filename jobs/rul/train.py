@@ -56,6 +56,7 @@ PROFILES: dict[str, dict[str, Any]] = {
     "quick": {"epochs": 8, "hidden": 64, "batch_size": 64},
 }
 MOST_GRADIENT_NORM = 1.0
+IN_EXPORTS = ("subset", "engines", "window", "cap", "hidden", "dropout")
 
 
 def main() -> None:
@@ -202,6 +203,7 @@ def prepare(p: dict[str, Any], state: dict[str, Any]) -> Data:
             "source": subset.source,
             "sha256": subset.sha256,
         }
+        state["config"] = {name: p[name] for name in IN_EXPORTS}
         state["statistics"] = Statistics.fit(train).as_dict()
     statistics = Statistics(**state["statistics"])
     windows = Windows(train, statistics, p["window"], p["cap"], p["noise"])

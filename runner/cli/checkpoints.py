@@ -17,11 +17,13 @@ from runner.cli.common import (
     RegionOption,
     RunName,
     StoreOption,
+    chosen_checkpoint,
     found_run,
     print_json,
     print_rows,
 )
 from runner.cli.describing import compared, described
+from runner.errors import UsageError
 
 app = typer.Typer(no_args_is_help=True, help="What is saved, and whether it is sound.")
 
@@ -231,15 +233,38 @@ def collect_garbage(
 @app.command("export")
 def export_checkpoint(
     name: RunName,
-    which: Which,
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new or an empty folder.")],
+    which: Annotated[str | None, typer.Argument(metavar="[latest|best|STEP|NAME]")] = None,
+    folder: Annotated[
+        Path | None, typer.Argument(metavar="[DIR]", help="For a copy of all files.")
+    ] = None,
+    best: Annotated[bool, typer.Option("--best", help="The best checkpoint.")] = False,
+    to: Annotated[
+        Path | None, typer.Option("--to", metavar="DIR", help="For what deployment needs, only.")
+    ] = None,
+    ema: Annotated[bool, typer.Option("--ema", help="The average of the weights.")] = False,
+    onnx: Annotated[
+        bool, typer.Option("--onnx", help="Also as ONNX, compared with torch.")
+    ] = False,
     store: StoreOption = None,
     s3_endpoint: EndpointOption = None,
     s3_region: RegionOption = None,
     s3_ca_bundle: BundleOption = None,
 ) -> None:
-    """Copy a checkpoint's files into a folder, every byte verified."""
+    """Copy a checkpoint's files, every byte verified; or, --to DIR, what deployment needs of it."""
+    from runner.supervisor.exporting import export_for_use
     from runner.supervisor.upkeep import export
 
-    manifest = export(found_run(name, store, s3_endpoint, s3_region, s3_ca_bundle), which, folder)
-    typer.echo(f"{manifest.name}: {len(manifest.files)} files, {manifest.nbytes} bytes in {folder}")
+    chosen = chosen_checkpoint(which, best=best)
+    if (folder is None) == (to is None):
+        raise UsageError("give either a folder for a copy of all files, or --to DIR")
+    if folder is not None and (ema or onnx):
+        raise UsageError("--ema and --onnx are for --to DIR")
+    run = found_run(name, store, s3_endpoint, s3_region, s3_ca_bundle)
+    if to is not None:
+        manifest = export_for_use(run, chosen, to, ema=ema, onnx=onnx)
+        files = sorted(path.name for path in to.expanduser().iterdir())
+        typer.echo(f"{manifest.name}: {', '.join(files)} in {to}")
+    elif folder is not None:
+        manifest = export(run, chosen, folder)
+        size = f"{len(manifest.files)} files, {manifest.nbytes} bytes"
+        typer.echo(f"{manifest.name}: {size} in {folder}")

@@ -105,6 +105,13 @@ def found_run(
     return find_run(name, where(store, endpoint, region, ca_bundle))
 
 
+def chosen_checkpoint(which: str | None, *, best: bool) -> str:
+    """What is meant by a name, by --best, or by neither: the latest one."""
+    if best and which is not None:
+        raise UsageError("give a checkpoint or --best, not both")
+    return "best" if best else which or "latest"
+
+
 def print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2))
 
