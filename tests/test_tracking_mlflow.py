@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.numpy
 from nodes import Node, nodes_in
 from servers.mlflow import MLflowServer
 from waiting import wait_until
@@ -105,6 +106,45 @@ def test_checkpoints_are_artifacts_and_the_best_are_uploaded(
     assert "best" in manifest.moment.triggers
     stored = undisturbed.checkpoint(manifest) / "model.safetensors"
     assert (Path(path) / "model.safetensors").read_bytes() == stored.read_bytes()
+
+
+def test_the_best_checkpoint_is_promoted_without_a_pickle(
+    undisturbed: Node, server: MLflowServer, tmp_path: Path
+) -> None:
+    called = undisturbed.run(
+        *("promote", "undisturbed", "--best", "--name", "steps", "--alias", "champion")
+    )
+    assert (called.code, called.out) == (0, "steps, version 1, champion\n"), called.err
+    asked, best = client(server), undisturbed.archive("undisturbed").find("best", "val_loss")
+    version = asked.get_model_version_by_alias("steps", "champion")
+    place = f"models/{best.name}"
+    folder = Path(asked.download_artifacts(version.run_id, place, str(tmp_path)))
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+
+    assert version.run_id == mlflow_id(undisturbed, "undisturbed")
+    assert version.source.endswith(place)
+    assert version.tags["runner.checkpoint"] == str(undisturbed.checkpoint(best))
+    assert float(version.tags["metric.val_loss"]) == pytest.approx(best.moment.metrics["val_loss"])
+    assert [path.name for path in files] == [
+        *("MLmodel", "README.md", "config.json", "metrics.json", "model.safetensors", "load.py")
+    ]
+    assert not any(path.read_bytes().startswith(b"\x80") for path in files), "a pickle"
+    assert "python_function" not in (folder / "MLmodel").read_text()
+    loader: dict[str, Any] = {"__file__": str(folder / "load.py"), "__name__": "load"}
+    exec((folder / "load.py").read_text(), loader)
+    _, weights = loader["load"](folder)
+    saved = safetensors.numpy.load_file(undisturbed.checkpoint(best) / "model.safetensors")
+    assert weights.keys() == {"0.weight", "0.bias", "3.weight", "3.bias"}
+    assert (weights["0.weight"].numpy() == saved["0.weight"]).all()
+
+
+def test_a_name_that_is_taken_is_not_touched(undisturbed: Node, server: MLflowServer) -> None:
+    client(server).create_registered_model("somebody-elses")
+    called = undisturbed.call("promote", "undisturbed", "--best", "--name", "somebody-elses")
+
+    assert called.code == 2
+    assert "'somebody-elses' is of something else" in called.err
+    assert client(server).search_model_versions("name='somebody-elses'") == []
 
 
 @pytest.mark.timeout(400)

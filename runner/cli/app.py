@@ -26,7 +26,8 @@ app = typer.Typer(
 )
 for command in (
     *(running.submit, running.run, looking.status, logs.logs, looking.stop, looking.wait),
-    *(running.simulate, rendering.render, doctor.doctor, tracking.track, views.report, views.ui),
+    *(running.simulate, rendering.render, doctor.doctor, views.report, views.ui),
+    *(tracking.track, tracking.promote),
 ):
     app.command()(command)
 app.add_typer(checkpoints.app, name="checkpoints")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
 from runner import exitcodes
@@ -11,6 +13,7 @@ from runner.cli.common import (
     RegionOption,
     RunName,
     StoreOption,
+    chosen_checkpoint,
     found_run,
     where,
 )
@@ -29,3 +32,28 @@ def track(
     run = found_run(name, store, s3_endpoint, s3_region, s3_ca_bundle)
     if not catch_up(run, where(store, s3_endpoint, s3_region, s3_ca_bundle).s3):
         raise typer.Exit(exitcodes.GIVEN_UP)
+
+
+def promote(
+    name: RunName,
+    which: Annotated[str | None, typer.Argument(metavar="[latest|best|STEP|NAME]")] = None,
+    best: Annotated[bool, typer.Option("--best", help="The best checkpoint.")] = False,
+    model: Annotated[
+        str, typer.Option("--name", metavar="NAME", help="The registered model's name.")
+    ] = ...,  # type: ignore[assignment]
+    alias: Annotated[
+        str | None, typer.Option("--alias", help="Give the version this alias: champion.")
+    ] = None,
+    ema: Annotated[bool, typer.Option("--ema", help="The average of the weights.")] = False,
+    store: StoreOption = None,
+    s3_endpoint: EndpointOption = None,
+    s3_region: RegionOption = None,
+    s3_ca_bundle: BundleOption = None,
+) -> None:
+    """Register a checkpoint in MLflow's model registry, as safetensors with a small loader."""
+    from runner.supervisor import promoting
+
+    chosen = chosen_checkpoint(which, best=best)
+    run = found_run(name, store, s3_endpoint, s3_region, s3_ca_bundle)
+    version = promoting.promote(run, chosen, model, alias, ema=ema)
+    typer.echo(f"{model}, version {version}{f', {alias}' if alias else ''}")
