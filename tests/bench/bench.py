@@ -31,6 +31,7 @@ from tests.bench import (
     scraping,
     stalling,
     starting,
+    tracking,
     validating,
 )
 from tests.bench.figures import Check, Figure, as_table
@@ -66,6 +67,7 @@ def measurements(repetitions: int, starts: int) -> dict[str, Callable[[Place], M
         parts[f"save-{size:g}"] = of_size(saving.measure, size)
     parts["scrape"] = lambda place: scraping.measure(place, repetitions)
     parts["every-step"] = of_size(saving.measure_every_step, EMERGENCY_SIZE_MB)
+    parts["track"] = of_size(tracking.measure, VALIDATED_SIZE_MB)
     parts["validate"] = of_size(validating.measure, VALIDATED_SIZE_MB)
     many = repetitions > QUICK_REPETITIONS
     times = enduring.PREEMPTIONS if many else enduring.QUICK_PREEMPTIONS

@@ -41,6 +41,7 @@ class Settings:
     snapshot_every_steps: int | None = None
     validate: dict[str, Any] | None = None
     contained: bool = False
+    tracking: dict[str, Any] | None = None
 
 
 class SupervisedRun:
@@ -85,6 +86,7 @@ class SupervisedRun:
                 "snapshot_every": "auto" if snapshot_every is None else {"steps": snapshot_every},
                 **({} if validate is None else {"validate": validate}),
             },
+            **({} if self._settings.tracking is None else {"tracking": self._settings.tracking}),
             "preemption": {"grace": "120s"},
             "restart": {"backoff": {"initial": "1ms", "max": "1ms"}},
             "metrics": {"port": 0},

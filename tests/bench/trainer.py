@@ -49,6 +49,7 @@ def supervised(began: float) -> None:
     for step in run.steps(params["steps"] or sys.maxsize):
         begun = time.monotonic()
         train_step(model, optimizer, step)
+        run.log(step_seconds=time.monotonic() - begun)
         if params["megabytes"] < 10:
             time.sleep(_PACE_SECONDS)
         if not params["steps"] and finish.exists():
