@@ -437,6 +437,19 @@ def test_the_nth_and_the_final_one_are_tried_and_of_those_that_wait_the_newest(
     assert at_work.wait_for(2)[1] == (final.name, "unknown")
 
 
+def test_the_final_one_does_not_wait_for_an_older_one(
+    store: DirectoryStore, supervised: Callable[..., Supervised]
+) -> None:
+    older, final = save(store, 1), save(store, 2, triggers=("final",))
+    at_work = supervised(env={"JUDGE_HANGS": "1"}, timeout="1s")
+    at_work.saved(older, RUNNING)
+    wait_until(lambda: at_work.validator.pids, 10, "the process")
+
+    at_work.saved(final, State(phase=Phase.DRAINING, goal=Phase.SUCCEEDED))
+
+    assert at_work.wait_for(2) == [(older.name, "unknown"), (final.name, "invalid")]
+
+
 def test_the_end_waits_for_the_last_one_if_it_may(
     store: DirectoryStore, supervised: Callable[..., Supervised]
 ) -> None:

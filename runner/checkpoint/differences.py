@@ -23,9 +23,10 @@ SECTIONS: Mapping[str, tuple[str, ...]] = {
     "data": ("dataset",),
     "environment": (
         *("packages", "python", "torch", "cuda", "cudnn", "driver", "gpus", "cpu", "host"),
-        *("platform", "image", "environment", "settings", "seeds", "tracking"),
+        *("platform", "image", "environment", "settings", "seeds"),
     ),
     "model": ("model",),
+    "tracker": ("tracker",),
 }
 _PLACE = ("attempt", "step", "epoch", "batch", "triggers", "scope", "healthy")
 

@@ -81,8 +81,8 @@ class Validator(threading.Thread):
         self._waiting = ""
         self._trial: Trial | None = None
         self._changed = threading.Condition()
-        self._pressing = threading.Event()
-        self._is_over = self._at_work = False
+        self._enough = threading.Event()
+        self._is_over = self._at_work = self._quiet = False
         self._trains = True
 
     # ------------------------------------------------------------------ what the loop says
@@ -102,8 +102,11 @@ class Validator(threading.Thread):
             is_due = self._since >= self._wanted.every
             if saved is not None and (is_due or "final" in saved.triggers):
                 self._waiting = saved.checkpoint
-            if quiet == self._pressing.is_set():
-                (self._pressing.clear if quiet else self._pressing.set)()
+            is_last = saved is not None and "final" in saved.triggers
+            if not quiet or (is_last and self._at_work):
+                # Beside the last one, an older one is worth nothing, and it has been slow.
+                self._enough.set()
+            self._quiet = quiet
             self._changed.notify()
 
     @property
@@ -121,7 +124,7 @@ class Validator(threading.Thread):
             log.info("a validation is not finished: the run is over")
         with self._changed:
             self._is_over, self._waiting = True, ""
-            self._pressing.set()
+            self._enough.set()
             self._changed.notify()
         self.join(_LEAVING_SECONDS)
 
@@ -161,16 +164,17 @@ class Validator(threading.Thread):
     def _next(self) -> str | None:
         """The checkpoint to validate, when there is one and there is time; None at the end."""
         with self._changed:
-            while not self._is_over and (not self._waiting or self._pressing.is_set()):
+            while not self._is_over and not (self._waiting and self._quiet):
                 self._changed.wait()
             if self._is_over:
                 return None
             name, self._waiting = self._waiting, ""
             self._at_work, self._since = True, 0
+            self._enough.clear()
             return name
 
     def _go_on(self) -> None:
-        if self._pressing.is_set():
+        if self._enough.is_set():
             raise Abandoned("a validation gives way to what is more urgent")
 
     def _validate(self, name: str) -> Validation:
@@ -228,7 +232,7 @@ class Validator(threading.Thread):
         self._trial = trial
         try:
             trial.begin()
-            answer = trial.wait(self._wanted.timeout_seconds, self._pressing)
+            answer = trial.wait(self._wanted.timeout_seconds, self._enough)
         finally:
             self._trial = None
         if answer is None:
