@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from typing import IO
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -38,7 +39,10 @@ STEPS = 12 * EPOCHS
 PACE_SECONDS = 0.03
 MOST_EVENTS = 6
 LONGEST_PAUSE_SECONDS = 3.0
-PATIENCE_SECONDS = 90.0
+LONGEST_OUTAGE_SECONDS = 2.0
+HANG_SECONDS = 5
+DISK_BYTES = 64 << 20
+PATIENCE_SECONDS = 120.0
 
 
 @dataclass
@@ -120,6 +124,48 @@ class History:
             path.write_bytes(content)
         self._start()
 
+    def _trainer_frozen(self) -> None:
+        """It hangs, as in a driver's call; the supervisor has to find that out."""
+        with contextlib.suppress(OSError, ProcessLookupError):
+            pid = self._node.board().pid
+            if pid:
+                os.kill(pid, signal.SIGSTOP)
+
+    def _supervisor_frozen(self) -> None:
+        self._current.send_signal(signal.SIGSTOP)
+        self._outage()
+        self._current.send_signal(signal.SIGCONT)
+
+    def _store_gone(self) -> None:
+        """Its file system is unmounted for a while; nothing may be written where it was."""
+        store = self._node.store_folder
+        if not store.exists():
+            return
+        away = store.rename(store.with_name("unmounted"))
+        store.mkdir()
+        self._outage()
+        assert not list(store.iterdir()), "written into a mount point with nothing mounted on it"
+        store.rmdir()
+        away.rename(store)
+
+    def _disk_full(self) -> None:
+        """The store, logs and the run's own files are on it; somebody else has filled it."""
+        if not self._node.store_folder.parent.is_mount():
+            return
+        filler = self._node.store_folder.with_name("filler")
+        with filler.open("wb", buffering=0) as file:
+            self._outage(lambda: _fill(file))
+        filler.unlink()
+
+    def _outage(self, meanwhile: Callable[[], None] = lambda: None) -> None:
+        """A while passes; what the supervisor or its trainer do in it is theirs."""
+        deadline = time.monotonic() + self._random.uniform(0.1, LONGEST_OUTAGE_SECONDS)
+        while time.monotonic() < deadline:
+            meanwhile()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._current.process.wait(0.02)
+                return
+
     # ------------------------------------------------------------------ how it goes on
 
     def _start(self) -> None:
@@ -131,7 +177,11 @@ class History:
                 "slots": self._random.choice([1, 2, 3]),
                 "keep": {"last": 2},
             },
-            restart={"backoff": {"initial": "1ms", "max": "1ms"}, "failures": 20},
+            restart={
+                "backoff": {"initial": "1ms", "max": "50ms"},
+                "failures": 20,
+                "hang_timeout": f"{HANG_SECONDS}s",
+            },
         )
         self._supervisor = self._node.start("run", job, "--update")
 
@@ -190,6 +240,12 @@ EVENTS: list[Callable[[History], None]] = [
     History._supervisor_killed,
     History._node_lost,
     History._newest_damaged,
+    History._trainer_frozen,
+    History._supervisor_frozen,
+    History._store_gone,
+    History._store_gone,
+    History._disk_full,
+    History._disk_full,
 ]
 
 
@@ -221,10 +277,24 @@ def _check_journal(records: list[AttemptRecord]) -> None:
             assert following.start_step <= reached, f"from nowhere: {following} after {record}"
 
 
+def _fill(file: IO[bytes]) -> None:
+    """Write until there is no room."""
+    with contextlib.suppress(OSError):
+        while file.write(bytes(4096)):
+            pass
+
+
 @contextlib.contextmanager
 def _folder() -> Iterator[Path]:
+    """A small file system of its own, where one may be mounted: only then can it be filled."""
     with tempfile.TemporaryDirectory(prefix="runner-chaos-") as folder:
-        yield Path(folder)
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", folder]
+        is_mounted = os.geteuid() == 0 and not subprocess.run(mount, capture_output=True).returncode
+        try:
+            yield Path(folder)
+        finally:
+            if is_mounted:
+                subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 def undisturbed_digest() -> str:

@@ -27,6 +27,9 @@ from runner.spool import spool_path
 from runner.store import DirectoryStore
 from tests.waiting import wait_until
 
+# The story that most tests look at is told once, by the first: a dozen starts of a script.
+pytestmark = pytest.mark.timeout(600)
+
 REPOSITORY = Path(__file__).parents[1]
 SCRIPT = REPOSITORY / "tests" / "child_programs" / "trains_alone.py"
 STEPS = 20

@@ -203,7 +203,8 @@ def test_a_fault_that_stays_ends_at_the_deadline(case: Case, proxy: FaultProxy, 
         with pytest.raises(StoreError):
             does_it(case)
 
-        assert time.monotonic() - begun < DEADLINE_SECONDS + 1, f"{verb}: {name}"
+        # The time-outs of a socket are a minute; a busy machine alone may take seconds.
+        assert time.monotonic() - begun < DEADLINE_SECONDS + 5, f"{verb}: {name}"
 
 
 REFUSALS = {

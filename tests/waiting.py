@@ -11,7 +11,7 @@ T = TypeVar("T")
 PAUSE_SECONDS = 0.002
 
 
-def wait_until(predicate: Callable[[], T], timeout: float = 10, what: str = "it to happen") -> T:
+def wait_until(predicate: Callable[[], T], timeout: float = 60, what: str = "it to happen") -> T:
     """Call `predicate` until it returns something true, and return that.
 
     `timeout` is in seconds. Fails with AssertionError, naming `what` was waited for.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from types import FrameType
@@ -20,15 +21,20 @@ def main() -> None:
     and no traceback: importing the rest takes a fifth of a second. A supervisor has handlers of
     its own.
     """
-    for signum in _CODES:
-        if signal.getsignal(signum) in (signal.SIG_DFL, signal.default_int_handler):
-            signal.signal(signum, _end)
+    known = [signal.SIG_DFL, signal.default_int_handler]
+    if sys.argv[1:2] in (["run"], ["submit"]):
+        known.append(signal.SIG_IGN)  # as for a background job of a shell: obeyed all the same
+    mine = [signum for signum in _CODES if signal.getsignal(signum) in known]
+    for signum in mine:
+        signal.signal(signum, _leave)
     for signum in _TOO_EARLY:
         if signal.getsignal(signum) is signal.SIG_DFL:
             signal.signal(signum, _pass_over)  # a handler: being ignored would be inherited
     try:
         from runner.cli.app import main as run
 
+        for signum in mine:
+            signal.signal(signum, _end)
         run()
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in _SUPERVISORS_LIBRARIES:
@@ -38,6 +44,11 @@ def main() -> None:
             "does; pip install 'runner[supervisor]'\n"
         )
         sys.exit(USAGE)
+
+
+def _leave(signum: int, frame: FrameType | None) -> None:
+    """While modules are imported: an exception might end in the `except:` of any of them."""
+    os._exit(_CODES[signal.Signals(signum)])
 
 
 def _end(signum: int, frame: FrameType | None) -> None:

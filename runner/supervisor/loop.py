@@ -22,7 +22,7 @@ from watchdog.events import FileMovedEvent, FileSystemEvent, FileSystemEventHand
 from watchdog.observers import Observer
 from watchdog.observers.api import BaseObserver
 
-from runner.board import Why
+from runner.board import Board, Why
 from runner.checkpoint.archive import Archive
 from runner.checkpoint.attempts import Ledger, utc_now
 from runner.checkpoint.keeper import Keeper, is_foreign
@@ -257,7 +257,9 @@ class Supervisor:
         board = self._clerk.board
         step = 0 if board is None else board.step
         facts = self._monitor.facts()
-        self._clerk.record(exit_code=code, end_step=step, ended_at=utc_now(), **facts)
+        self._clerk.record(
+            exit_code=code, end_step=self._reached(board), ended_at=utc_now(), **facts
+        )
         if code == 0 and board is not None and board.restored and not board.finished:
             log.warning(
                 "the script ended before its loop over %s did: what is saved is the newest "
@@ -426,7 +428,7 @@ class Supervisor:
         board = self._clerk.board
         changes: dict[str, Any] = {"outcome": outcome, "cause": cause, "ended_at": utc_now()}
         if board is not None:
-            changes["end_step"] = board.step
+            changes["end_step"] = self._reached(board)
             if board.first_step_ns:
                 changes["first_step_at"] = _wall_clock(board.first_step_ns / 1e9)
         notice = self._state.notice_at
@@ -449,6 +451,11 @@ class Supervisor:
             pid_here=lambda pid: self._trainer.pid_here(pid),
             newest=lambda: self._points.newest,
         )
+
+    def _reached(self, board: Board | None) -> int:
+        """The last finished step; where it began, for a trainer that has not restored its state."""
+        began = 0 if self._ledger.record is None else self._ledger.record.start_step
+        return began if board is None else max(board.step, began)
 
     def _outputs(self, store: Store) -> Outputs:
         limit = self._job.outputs.max_size_bytes

@@ -51,6 +51,7 @@ HANGS = [  # what befalls an attempt, at which step; what its log tells; the ste
 ]
 
 
+@pytest.mark.timeout(480)
 def test_however_a_trainer_hangs_it_is_shown_and_ended_and_goes_on_exactly(
     node: Node, undisturbed: str
 ) -> None:
@@ -59,7 +60,7 @@ def test_however_a_trainer_hangs_it_is_shown_and_ended_and_goes_on_exactly(
 
     done = node.start("run", job(node, befalls=befalls, at=at))
 
-    assert done.wait(timeout=150) == 0, done.err
+    assert done.wait(timeout=400) == 0, done.err
     assert f"finished at {STEPS}" in done.out
     assert node.digest() == undisturbed
     *hung, last = node.records()

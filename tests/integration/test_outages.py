@@ -1,16 +1,22 @@
-"""The store, the disks and the clock fail a run for a while: it comes to its end all the same.
+"""The store or a disk fails a run for a while: it comes to its end all the same.
 
-Real processes on small file systems, with a store that is moved away and a clock that is turned.
+Real processes on small file systems, with a store that is moved away.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import socket
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import pytest
-from nodes import Node, Started, nodes_in
+from nodes import Node, Started, is_running, nodes_in
+from waiting import wait_until
 
 STEPS = 24
 
@@ -132,3 +138,53 @@ def test_a_server_that_nobody_starts_is_waited_for_by_run_and_told_by_submit(
     assert "the store was out of reach for 2 s" in unattended.err
     assert "tried again" not in attended.err
     assert "correct the address, or start the server" in attended.err
+
+
+# ---------------------------------------------------------------- disks and memory
+
+
+@pytest.fixture
+def small(node: Node) -> Iterator[Path]:
+    """A small file system that holds all of the node's folder and the store: skips without root."""
+    folder = node.folder.parent
+    mount = ["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no small file system can be mounted here: that takes root")
+    node.folder.mkdir()  # what was there is hidden
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def fill(file: IO[bytes]) -> None:
+    """Write until there is no room."""
+    with contextlib.suppress(OSError):
+        while file.write(bytes(4096)):
+            pass
+
+
+def test_a_disk_that_is_full_for_a_while_costs_no_result(
+    node: Node, small: Path, undisturbed: str
+) -> None:
+    """The store, the logs and the run's own files lie on it. A crash comes into it, too."""
+    befalls = {"1": {"5": "be saved", "7": "wait", "14": "raise"}}
+    job = node.training(
+        params={"befalls": befalls},
+        checkpoint={"every": {"steps": 4}, "snapshot_every": {"steps": 1}},
+        restart={"failures": 5, "backoff": {"initial": "20ms", "max": "50ms"}},
+    )
+    supervisor = start(node, job, "step 7")
+    first = node.board().pid
+    with (small / "filler").open("wb", buffering=0) as filler:
+        fill(filler)
+        node.gate.touch()
+        wait_until(lambda: not is_running(first), what="the trainer to crash")
+        for _ in range(20):  # whatever becomes free is taken
+            fill(filler)
+    (small / "filler").unlink()
+
+    assert supervisor.wait() == 0
+    assert node.digest() == undisturbed
+    assert node.call("checkpoints", "verify", "job").code == 0
+    assert [r.start_step for r in node.records()] == [0, 13]

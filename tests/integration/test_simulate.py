@@ -128,7 +128,7 @@ def test_a_supervisor_that_does_not_make_it_is_killed_with_everything(
     """The script freezes its supervisor; what the trainer had in memory is not lost."""
     job = node.training(params={"befalls": {"1": {"4": "freeze supervisor"}}})
 
-    report = simulate(node, job, "--preempt", "step=4", "--preempt", "step=9", "--grace", "1s")
+    report = simulate(node, job, "--preempt", "step=4", "--preempt", "step=9", "--grace", "4s")
 
     keys = ("start_step", "end_step", "saved_step", "cause", "exit_code", "lost_steps")
     assert rows(report, *keys) == [
