@@ -161,3 +161,10 @@ def test_the_training_loss_is_the_value_to_show() -> None:
 def test_times_count_from_the_first_start(document: dict[str, Any]) -> None:
     assert document["run"]["started_at"] == iso(0)
     assert document["saves"][0]["at_seconds"] == pytest.approx(4 + 0.28 * 110)
+
+
+def test_a_run_that_another_machine_has_goes_on() -> None:
+    facts = live(41, total_steps=121)
+    away = replace(facts, status={**facts.status, "live": False}, newest=None)
+    assert attempt_rows(away)[0]["ended_by"] == "running"
+    assert (glance(away)["lost_steps"], glance(away)["preemptions"]) == (0, 0)

@@ -33,7 +33,7 @@ BADPUT = {
     "hang": "no progress, until that was noticed and the trainer was gone",
     "validation": "between the loops, and in phases that the script has named",
 }
-_LOST_SECONDS = 180.0  # without a word from its supervisor: its node is taken to be gone
+LOST_SECONDS = 180.0  # without a word from its supervisor: its node is taken to be gone
 _OVER = ("succeeded", "failed", "stopped", "interrupted", "interrupt", "ended", "fenced")
 
 
@@ -186,7 +186,7 @@ def _add_last(sums: _Sums, record: AttemptRecord, now: float, *, live: bool) -> 
             sums.lose(_reached(record, None) - _saved(record))
             sums.lost_steps += max(0, _end_step(record) - (record.saved_step or record.start_step))
         return end
-    if record.ended_at is None and now - end < _LOST_SECONDS:
+    if record.ended_at is None and now - end < LOST_SECONDS:
         return end  # as it was when it was last heard of
     sums.add("waiting_for_node", now - end)
     return max(now, end)

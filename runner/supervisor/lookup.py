@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -13,7 +14,7 @@ from typing import Any
 from runner import exitcodes
 from runner.board import Board
 from runner.checkpoint.archive import Archive
-from runner.checkpoint.attempts import AttemptRecord, Ledger
+from runner.checkpoint.attempts import AttemptRecord, Ledger, parse_time
 from runner.checkpoint.manifest import Manifest, moment_to_json
 from runner.checkpoint.retention import pins
 from runner.checkpoint.validation import Validation
@@ -22,6 +23,7 @@ from runner.job import is_s3, s3_url
 from runner.spool import Spool, spool_path
 from runner.store import S3Options, Store, open_store
 from runner.supervisor import index
+from runner.supervisor.goodput import LOST_SECONDS
 
 log = logging.getLogger(__name__)
 
@@ -267,4 +269,11 @@ def board_of(run: KnownRun) -> Board | None:
 def _phase(record: AttemptRecord | None) -> str:
     if record is None:
         return "new"
-    return record.outcome or "lost"  # its supervisor was killed, or runs on another machine
+    return record.outcome or ("running" if _is_heard_of(record) else "lost")
+
+
+def _is_heard_of(record: AttemptRecord) -> bool:
+    """Whether another machine seems to have it: on this one, a supervisor would have been seen."""
+    heard = parse_time(record.seen_at) or parse_time(record.started_at)
+    is_here = record.node == socket.gethostname()
+    return not is_here and heard is not None and time.time() - heard < LOST_SECONDS

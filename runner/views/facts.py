@@ -37,6 +37,11 @@ class Facts:
         return bool(self.status["live"])
 
     @property
+    def goes_on(self) -> bool:
+        """Whether a supervisor has it, on this machine or, as it seems, on another one."""
+        return self.is_live or self.status["phase"] == "running"
+
+    @property
     def goodput(self) -> Goodput:
         """Where the time went."""
         try:

@@ -199,8 +199,9 @@ def curve(drawn: Mapping[str, Any], starts: Sequence[tuple[int, int]], *, large:
         ),
         charts.stretched(
             frame,
-            *(charts.line(_through(frame, trace), "way again") for trace in again if trace),
             charts.line(_through(frame, kept), "way dense" if len(kept) > _DENSE else "way"),
+            # Above the others: made again bit for bit, they would not be seen below.
+            *(charts.line(_through(frame, trace), "way again") for trace in again if trace),
         ),
         *(
             charts.dot(frame, x, scale.high, "odd", f"{y} at step {x:,}", 3.5)

@@ -55,7 +55,7 @@ def glance(facts: Facts) -> dict[str, Any]:
         "progress_ratio": _rounded(_progress(facts)),
         "seconds_per_step": _rounded(pace),
         "eta_seconds": _rounded(pace * left)
-        if pace is not None and left and facts.is_live
+        if pace is not None and left and facts.goes_on
         else None,
         "metric": metric,
         "value": None if metric is None else json_number(facts.newest_values[metric]),
@@ -141,7 +141,7 @@ def attempt_rows(facts: Facts) -> list[dict[str, Any]]:
 def _ended_by(facts: Facts, record: AttemptRecord, *, is_last: bool) -> str:
     if record.outcome is not None:
         return _ENDED_BY.get(record.outcome, record.outcome)
-    return "running" if is_last and facts.is_live else "lost"
+    return "running" if is_last and facts.goes_on else "lost"
 
 
 def _ended(facts: Facts, record: AttemptRecord, *, is_last: bool) -> float | None:
@@ -173,7 +173,7 @@ def _lost(
     following = next((r for r in later if r.resumed_from or r.first_step_at), None)
     if following is not None:
         return max(0, end_step - following.start_step)
-    if record.outcome == "succeeded" or (facts.is_live and not later):
+    if record.outcome == "succeeded" or (facts.goes_on and not later):
         return 0
     newest = 0 if facts.newest is None else facts.newest.moment.step
     return max(0, end_step - max(record.start_step, record.saved_step or 0, newest))

@@ -199,7 +199,10 @@ def _tiles(run: Mapping[str, Any]) -> Html:
         _tile(
             "Preemptions",
             _of_run(run, "preemptions", count_text),
-            [_of_run(run, "failures", count_text), " failures"],
+            [
+                _of_run(run, "failures", count_text),
+                " failure" if run["failures"] == 1 else " failures",
+            ],
         ),
         _tile(
             "Steps lost",
