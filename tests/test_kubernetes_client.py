@@ -16,13 +16,16 @@ from waiting import wait_until
 
 pytest.importorskip("kubernetes")
 
+from runner.checkpoint.logs import StoredLogs
 from runner.errors import ClusterDenied, ClusterError
 from runner.job import Job
-from runner.launch.kubernetes import control, objects, state
+from runner.launch.kubernetes import control, objects, reading, state
 from runner.launch.kubernetes.answers import RIGHTS, Absent, Taken
 from runner.launch.kubernetes.client import Cluster, connect
 from runner.launch.kubernetes.control import Step
 from runner.launch.kubernetes.state import Phase
+from runner.logs import lines
+from runner.store import DirectoryStore
 
 RENDERED = objects.render(Job.model_validate(SMALL), "small")
 
@@ -464,3 +467,58 @@ def test_run_is_not_for_this_launcher(node: Node) -> None:
 def test_taken_and_absent_are_refusals_too() -> None:
     assert issubclass(Taken, ClusterError)
     assert issubclass(Absent, ClusterError)
+
+
+def test_the_log_is_read_across_pods(api: KubeApi, cluster: Cluster, tmp_path: Path) -> None:
+    """Without a store, what the cluster still has of each pod; with `follow`, until the end."""
+    submit(cluster)
+    logs = {name: tmp_path / name for name in ("small-1", "small-2")}
+    logs["small-1"].write_text("runner: run small\nstep 1\n")
+    logs["small-2"].write_text("step 2\n")
+    api.log_of = logs.get
+    add_pod(api, "small-1", "2026-01-01T00:00:00Z", 75)
+    add_pod(api, "small-2", "2026-01-01T00:01:00Z")
+    set_status(api, active=1)
+    found: list[lines.Record] = []
+
+    def follow() -> None:
+        blocks = reading.read_log(cluster, "small", None, follow=True, sleep=lambda seconds: None)
+        for block in blocks:
+            for line in block.splitlines():
+                record = lines.parse(line)
+                assert record is not None
+                found.append(record)
+
+    following = threading.Thread(target=follow)
+    following.start()
+    wait_until(lambda: len(found) == 3, 20, "the lines there are")
+    with logs["small-2"].open("a") as file:
+        file.write("finished\n")
+    finish(api, "Complete")
+    add_pod(api, "small-2", "2026-01-01T00:01:00Z", 0)
+    following.join(20)
+
+    assert [(record.stream, record.text) for record in found] == [
+        ("run", b"run small"),
+        ("out", b"step 1"),
+        ("out", b"step 2"),
+        ("out", b"finished"),
+    ]
+
+
+def test_what_the_store_has_is_read_up_to_the_newest_pod(
+    api: KubeApi, cluster: Cluster, tmp_path: Path
+) -> None:
+    submit(cluster)
+    store = DirectoryStore(tmp_path)
+    text = b"2026-01-01T00:00:00.000Z 000001 out old\n2026-01-01T00:01:00.500Z 000002 out new\n"
+    store.replace(f"small/logs/000001-{0:012d}-{len(text):012d}.log", text)
+    api.log_of = {"small-2": tmp_path / "log"}.get
+    (tmp_path / "log").write_text("new\n")
+    add_pod(api, "small-2", "2026-01-01T00:01:00Z")
+    stored = StoredLogs(store, "small")
+
+    blocks = b"".join(reading.read_log(cluster, "small", stored, follow=False))
+
+    records = [lines.parse(line) for line in blocks.splitlines()]
+    assert [record and record.text for record in records] == [b"old", b"new"]

@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 _CONNECT_SECONDS, _READ_SECONDS = 5.0, 30.0
 _WATCH_SECONDS = 240
+_FOLLOW_SECONDS = 600.0  # of silence; then it is asked anew
 _TRIES = 5
 _PAUSE_SECONDS = 1.0
 _IN_POD = "KUBERNETES_SERVICE_HOST"
@@ -158,7 +159,7 @@ class Cluster:
             "get",
             LOGS,
             self._core.read_namespaced_pod_log,
-            timeout=(_CONNECT_SECONDS, None if follow else _READ_SECONDS),
+            timeout=(_CONNECT_SECONDS, _FOLLOW_SECONDS if follow else _READ_SECONDS),
             name=pod,
             container=CONTAINER,
             follow=follow,

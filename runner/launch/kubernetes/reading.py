@@ -46,17 +46,24 @@ def read_log(
     except StoreError as error:
         log.warning("the store has older lines, but cannot be read: %s", error)
         newest = pods
-    told: set[str] = set()
+    in_store = {pod["metadata"]["name"] for pod in pods if pod not in newest}
+    told: dict[str, bytes] = {}  # up to when, for each pod
+    ended: set[str] = set()
     while True:
+        # What is over now is told whole by what is read from now on.
+        is_over = not follow or state.phase_of(cluster.job(name)).is_over
         for pod in newest:
-            if pod["metadata"]["name"] not in told and _has_begun(pod):
-                told.add(pod["metadata"]["name"])
-                yield from _from_pod(cluster, pod["metadata"]["name"], follow=follow)
+            pod_name = pod["metadata"]["name"]
+            if pod_name in ended or not _has_begun(pod):
+                continue
+            if state.exit_code_of_pod(pod) is not None:
+                ended.add(pod_name)
+            yield from _from_pod(cluster, pod_name, told, follow=follow)
         yield b""
-        if not follow or state.phase_of(cluster.job(name)).is_over:
+        if is_over:
             return
         sleep(_POLL_SECONDS)
-        newest = [pod for pod in cluster.pods(name) if pod["metadata"]["name"] not in told]
+        newest = [pod for pod in cluster.pods(name) if pod["metadata"]["name"] not in in_store]
 
 
 def _from_store(stored: Source, before: dict[str, Any] | None) -> Iterator[bytes]:
@@ -70,10 +77,16 @@ def _from_store(stored: Source, before: dict[str, Any] | None) -> Iterator[bytes
             yield b"".join(kept)
 
 
-def _from_pod(cluster: Cluster, pod: str, *, follow: bool) -> Iterator[bytes]:
+def _from_pod(
+    cluster: Cluster, pod: str, told: dict[str, bytes], *, follow: bool
+) -> Iterator[bytes]:
+    """What has not been told of it. A connection may break long before the pod ends."""
     try:
         for line in cluster.log_lines(pod, follow=follow):
             moment, _, text = line.partition(b" ")
+            if moment <= told.get(pod, b""):  # of one length, so in the order of time
+                continue
+            told[pod] = moment
             stream = lines.RUN if text.startswith(_OWN) else lines.OUT
             yield lines.records(_stamp(moment), 0, stream, text.removeprefix(_OWN))
     except ClusterError as error:
