@@ -13,7 +13,7 @@ from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from runner.job_types import Part, Text
 
-EXTRAS = {"mlflow": "MLflow", "wandb": "Weights & Biases", "clearml": "ClearML", "aim": "Aim"}
+EXTRAS = {"mlflow": "MLflow", "wandb": "Weights & Biases", "clearml": "ClearML"}
 """The trackers; each is an extra of this package, and a library, of the same name."""
 
 
@@ -72,15 +72,6 @@ class ClearML(Part):
     )
 
 
-class Aim(Part):
-    """One run in a repository of Aim."""
-
-    repo: Text = Field(
-        default="aim", description="The folder of the repository, relative to the workdir."
-    )
-    experiment: Text | None = Field(default=None, description="Default: the job's name.")
-
-
 class Tracking(Part):
     """Trackers that are shown what a run logs. One that is down delays nothing."""
 
@@ -89,7 +80,6 @@ class Tracking(Part):
     mlflow: MLflow | None = None
     wandb: WandB | None = None
     clearml: ClearML | None = None
-    aim: Aim | None = None
 
     @model_validator(mode="after")
     def _at_least_one(self) -> Self:

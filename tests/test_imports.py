@@ -152,7 +152,6 @@ PLACES = {
     "mlflow": {"tracking"},
     "wandb": {"tracking"},
     "clearml": {"tracking"},
-    "aim": {"tracking"},
     "rich": {"views"},
     "onnx": {"training"},
     "onnxruntime": {"training"},
@@ -212,7 +211,7 @@ def modules_after(statements: str) -> set[str]:
     return set(subprocess.check_output([sys.executable, "-c", program], text=True).split())
 
 
-HEAVY = {"torch", "numpy", "boto3", "docker", "kubernetes", "mlflow", "wandb", "clearml", "aim"}
+HEAVY = {"torch", "numpy", "boto3", "docker", "kubernetes", "mlflow", "wandb", "clearml"}
 SUPERVISORS = {"boto3", "docker", "prometheus_client", "psutil", "pydantic", "requests", "rich",
                "safetensors", "typer", "watchdog", "yaml"}  # fmt: skip
 

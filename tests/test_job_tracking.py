@@ -33,7 +33,7 @@ def test_mlflow_is_a_server_a_database_or_a_folder(tmp_path: Path, uri: str) -> 
 
 
 REFUSED = {
-    "nothing": ({}, "expected at least one of mlflow, wandb, clearml, aim"),
+    "nothing": ({}, "expected at least one of mlflow, wandb, clearml"),
     "a tracker that is not known": ({"mlfow": {}}, "did you mean tracking.mlflow?"),
     "a password": (
         {"mlflow": {"uri": "https://me:secret@mlflow.example"}},
@@ -75,7 +75,7 @@ def test_a_tracker_that_is_not_installed_is_named_with_the_command_that_installs
     find = importlib.util.find_spec
     monkeypatch.setattr(
         "importlib.util.find_spec",
-        lambda name, *more: None if name == "aim" else find(name, *more),
+        lambda name, *more: None if name == "wandb" else find(name, *more),
     )
-    with pytest.raises(JobError, match=r"tracking.aim: .* pip install 'runner\[aim\]'"):
-        check_launchable(job(tmp_path, {"aim": {}}))
+    with pytest.raises(JobError, match=r"tracking.wandb: .* pip install 'runner\[wandb\]'"):
+        check_launchable(job(tmp_path, {"wandb": {}}))

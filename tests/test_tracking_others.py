@@ -96,19 +96,3 @@ def test_clearml_offline_leaves_a_session_for_each_supervisor(tmp_path: Path) ->
 def iterations_of_clearml(path: Path) -> list[int]:
     events = [event for line in path.read_text().splitlines() for event in json.loads(line)]
     return [event["iter"] for event in events if event.get("metric") == "loss"]
-
-
-def test_aim_has_one_run_in_a_local_repository(tmp_path: Path) -> None:
-    first, second = two_attempts("aim", tmp_path, repo="repo")
-
-    assert first["id"] == second["id"]
-    program = """
-import json, sys, aim
-runs = list(aim.Repo(sys.argv[1]).iter_runs())
-metrics = {m.name: m.values.sparse_list() for run in runs for m in run.metrics()}
-print(json.dumps([len(runs), runs[0]["params"], runs[0]["runner.outcome"], metrics]))
-"""
-    done = subprocess.check_output([sys.executable, "-c", program, str(tmp_path / "repo")])
-    number, params, outcome, metrics = json.loads(done)
-    assert (number, params, outcome) == (1, {"lr": "0.1"}, "succeeded")
-    assert metrics["loss"][0] == [1, 2, 3, 4, 5, 6]

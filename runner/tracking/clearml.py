@@ -38,7 +38,7 @@ class ClearMLTracker:
             reuse_last_task_id=continued or False,
             continue_last_task=0 if continued else False,  # steps count on by themselves
             auto_connect_arg_parser=False,
-            auto_connect_frameworks=False,
+            auto_connect_frameworks={"detect_repository": False},  # it may wait for ever
             auto_connect_streams=False,
             auto_resource_monitoring=False,
         )

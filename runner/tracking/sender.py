@@ -35,7 +35,6 @@ _TRACKERS = {
     "mlflow": ("runner.tracking.mlflow", "MLflowTracker"),
     "wandb": ("runner.tracking.wandb", "WandBTracker"),
     "clearml": ("runner.tracking.clearml", "ClearMLTracker"),
-    "aim": ("runner.tracking.aim", "AimTracker"),
 }
 _NICENESS = 10
 _ROUND_SECONDS = 2.0
