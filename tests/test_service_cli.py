@@ -24,9 +24,12 @@ from runner.checkpoint.attempts import Ledger
 from runner.checkpoint.manifest import Manifest
 from runner.supervisor import index, lookup
 
-STATUS_KEYS = [
+ROW_KEYS = [
     *("run_id", "phase", "live", "step", "epoch", "epochs", "batch", "attempt", "activity"),
     *("cause", "saved_step", "last_checkpoint", "store", "pid"),
+]
+STATUS_KEYS = [
+    *ROW_KEYS,
     *("total_steps", "progress_ratio", "seconds_per_step", "eta_seconds", "metric", "value"),
     *("saved_at", "saved_seconds_ago", "node", "preemptions", "failures", "lost_steps"),
     *("grace_seconds", "emergency_seconds", "headroom_seconds", "goodput_ratio"),
@@ -707,7 +710,7 @@ def test_a_store_that_is_out_of_reach_does_not_hide_the_other_runs(
         "away-1": "unknown",
         "away-2": "unknown",
     }
-    assert [list(row) for row in listed.json] == [STATUS_KEYS] * 3
+    assert [list(row) for row in listed.json] == [ROW_KEYS] * 3
     assert listed.err.count("nothing is known of the runs in s3://bucket/x") == 1
 
 
