@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
+from runner.views.elements import chip, table
 from runner.views.html import Child, Html, join, tag
-from runner.views.page import chip, table
 from runner.views.words import MISSING, count_text, plain
 
 
