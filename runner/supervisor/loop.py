@@ -101,7 +101,8 @@ class Supervisor:
         self._submitted = mask_secrets(job_as_submitted(job))
         self._rank = spool.rank
         self._files = LocalFiles(index.files_of(assignment.run_id, store.url))
-        best, policy = job.checkpoint.keep.best, policy_for(assignment)
+        policy = policy_for(assignment)
+        self._store = store
         self._monitor = Monitor(assignment, store.url, self._sight())
         persister = Persister(
             store,
@@ -111,15 +112,7 @@ class Supervisor:
             compresses=job.checkpoint.compression is not None,
             validates=job.checkpoint.validation is not None,
         )
-        self._keeper = Keeper(
-            self._rank,
-            persister,
-            Archive(store, assignment.run_id, self._monitor.quarantined),
-            best=None if best is None else (best.metric, best.mode),
-            prefer_healthy=job.health.restore == "healthy",
-            disk=self._files.slots,
-            always_disk=job.checkpoint.slots == 0,
-        )
+        self._keeper = self._keeper_on(persister)
         self._clerk = Clerk(
             self._rank,
             self._keeper,
@@ -131,7 +124,6 @@ class Supervisor:
             self._monitor,
         )
         self._validator = validator_of(job, self._files.validation, persister, self._events.put)
-        self._store = store
         self._state, self._actions = machine.begin(policy)
         self._points = PointLog(
             self._rank.folder,
@@ -141,16 +133,7 @@ class Supervisor:
         self._saves = SaveLog(
             index.metrics_of(assignment.run_id, store.url), stored_saves(store, assignment.run_id)
         )
-        self._logs = RunLog(
-            index.logs_of(assignment.run_id, store.url),
-            LogLimits(job.logs.max_size_bytes, job.logs.files),
-            StoredLogs(store, assignment.run_id),
-            ledger.check_fence,
-            lambda: self._state.deadline is None,
-            passes_through=DETACHED_VARIABLE not in os.environ,
-            also=[self._points.shipment, self._saves.shipment],
-            audience=audience,
-        )
+        self._logs = self._log_for(audience)
         self._launcher = launcher
         self._trainer = Trainer(
             launcher,
@@ -170,6 +153,34 @@ class Supervisor:
             job.preemption.notices,
             policy.grace_seconds,
             lambda news: self._events.put(listening.event_of(news)),
+        )
+
+    def _keeper_on(self, persister: Persister) -> Keeper:
+        """What saves and restores, as the job wants it."""
+        checkpoint, run_id = self._job.checkpoint, self._assignment.run_id
+        best = checkpoint.keep.best
+        return Keeper(
+            self._rank,
+            persister,
+            Archive(self._store, run_id, self._monitor.quarantined),
+            best=None if best is None else (best.metric, best.mode),
+            prefer_healthy=self._job.health.restore == "healthy",
+            disk=self._files.slots,
+            always_disk=checkpoint.slots == 0,
+        )
+
+    def _log_for(self, audience: Audience | None) -> RunLog:
+        """Where everything that is said goes, and into the store with it what was logged."""
+        run_id, logs = self._assignment.run_id, self._job.logs
+        return RunLog(
+            index.logs_of(run_id, self._store.url),
+            LogLimits(logs.max_size_bytes, logs.files),
+            StoredLogs(self._store, run_id),
+            self._ledger.check_fence,
+            lambda: self._state.deadline is None,
+            passes_through=DETACHED_VARIABLE not in os.environ,
+            also=[self._points.shipment, self._saves.shipment],
+            audience=audience,
         )
 
     def run(self) -> int:
