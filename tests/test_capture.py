@@ -29,7 +29,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from safetensors import safe_open
@@ -994,6 +994,7 @@ VALUES = st.recursive(
 
 @settings(max_examples=300, derandomize=True, deadline=None)
 @given(VALUES)
+@example(dt.datetime(2000, 1, 1, tzinfo=dt.timezone(dt.timedelta(microseconds=1))))
 def test_plain_values_come_back_with_their_types_and_bits(value: Any) -> None:
     text = json.dumps(encode(value), allow_nan=False)
     assert bits(decode(json.loads(text))) == bits(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -70,6 +71,8 @@ def ui(
     """Serve the pages of all runs of a store, live, for a browser on this machine."""
     from runner.views.server import Pages, Server
 
+    # Ctrl-C ends it also where it was inherited as ignored, as by a job in the background.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     pages = Pages(where(store, s3_endpoint, s3_region, s3_ca_bundle))
     with Server(host, port, pages) as server:
         typer.echo(server.address)

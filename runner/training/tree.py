@@ -197,9 +197,9 @@ _DECODERS: dict[str, Callable[[Decoder, dict[str, Any]], Any]] = {
     "deque": lambda d, t: deque(d._decode(t["v"]), t["maxlen"]),
     "bytes": lambda d, t: base64.b64decode(t["v"], validate=True),
     "bytearray": lambda d, t: bytearray(base64.b64decode(t["v"], validate=True)),
-    "datetime": lambda d, t: _with_fold(dt.datetime.fromisoformat(t["v"]), t),
+    "datetime": lambda d, t: _completed(dt.datetime.fromisoformat(t["v"]), t),
     "date": lambda d, t: dt.date.fromisoformat(t["v"]),
-    "time": lambda d, t: _with_fold(dt.time.fromisoformat(t["v"]), t),
+    "time": lambda d, t: _completed(dt.time.fromisoformat(t["v"]), t),
     "timedelta": lambda d, t: dt.timedelta(*t["v"]),
     "path": lambda d, t: _PATHS[t["type"]](t["v"]),
     "numpy": lambda d, t: _array_from(t["v"], t["dtype"], [])[()],
@@ -277,10 +277,18 @@ def _float_from_bits(text: str) -> float:
 def _instant(value: dt.datetime | dt.time, path: str, kind: str) -> Json:
     if value.tzinfo is not None and type(value.tzinfo) is not dt.timezone:
         raise CaptureError(path, "has a named time zone, which cannot be saved; convert it to UTC")
-    return {"$": kind, "v": value.isoformat(), "fold": value.fold}
+    tree: dict[str, Any] = {"$": kind, "v": value.isoformat(), "fold": value.fold}
+    offset = None if value.tzinfo is None else value.tzinfo.utcoffset(None)
+    if offset is not None and offset.microseconds:
+        # Python 3.11 reads an offset of less than a second as none.
+        tree["offset"] = [offset.days, offset.seconds, offset.microseconds]
+    return tree
 
 
-def _with_fold(value: Any, tree: dict[str, Any]) -> Any:
+def _completed(value: Any, tree: dict[str, Any]) -> Any:
+    """With what the ISO format does not say, or is not read from it."""
+    if "offset" in tree:
+        value = value.replace(tzinfo=dt.timezone(dt.timedelta(*tree["offset"])))
     return value.replace(fold=tree["fold"])
 
 
