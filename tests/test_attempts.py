@@ -224,6 +224,27 @@ def test_what_a_store_refuses_of_a_record_is_written_before_the_next_attempt(
     assert found == [(1, "failed", 7), (2, None, None)]
 
 
+def test_what_a_store_refuses_of_a_record_is_written_when_it_takes_it_again(
+    store: DirectoryStore,
+) -> None:
+    """So that a run which ends while a disk is full is not taken for one that was lost."""
+    refusing = RefusingStore(store)
+    ledger = Ledger(refusing, RUN, "a" * 16)  # type: ignore[arg-type]
+    ledger.claim("node")
+    refusing.refused = {"replace"}
+    with pytest.raises(StoreError):
+        ledger.update(outcome="succeeded", end_step=60)
+    with pytest.raises(StoreError):
+        ledger.catch_up()
+    refusing.refused = set()
+
+    ledger.catch_up()
+
+    latest = Ledger(store, RUN, "").latest()
+    assert latest is not None
+    assert (latest.outcome, latest.end_step) == ("succeeded", 60)
+
+
 def test_an_update_needs_a_claim(store: DirectoryStore) -> None:
     with pytest.raises(StoreError):
         Ledger(store, RUN, "a").update(outcome="succeeded")

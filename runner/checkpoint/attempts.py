@@ -160,9 +160,7 @@ class Ledger:
     def claim(self, node: str) -> AttemptRecord:
         """Begin the next attempt. Its number is this owner's alone."""
         number = max(self._numbers(), default=0) + 1
-        if self._late is not None:
-            self._store.replace(self._key(self._late.attempt), self._late.to_json())
-            self._late = None
+        self.catch_up()
         self._complete(number - 1)
         while True:
             record = AttemptRecord(number, self.owner, node, utc_now())
@@ -175,7 +173,7 @@ class Ledger:
     def update(self, **changes: Any) -> AttemptRecord:
         """Change the record of the attempt that was claimed last.
 
-        What the store refuses is written with the next change, or before the next attempt.
+        What the store refuses is written with the next change, or by `catch_up`.
         """
         with self._changing:
             if self.record is None:
@@ -184,6 +182,13 @@ class Ledger:
             self._store.replace(self._key(self.record.attempt), self.record.to_json())
             self._late = None
             return self.record
+
+    def catch_up(self) -> None:
+        """Write what the store has refused so far, if it has. Raises StoreError."""
+        with self._changing:
+            if self._late is not None:
+                self._store.replace(self._key(self._late.attempt), self._late.to_json())
+                self._late = None
 
     def committed(
         self, checkpoint: str, step: int, productive_seconds: float | None = None

@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 
 _ROUND_SECONDS = 0.2
 _RETRY_SECONDS = 1.0
+_CATCH_UP_SECONDS = 10.0  # in the end, for a record that the store refuses
 _NICENESS = 10
 Task = Callable[[], None]
 
@@ -74,6 +75,7 @@ class Clerk(threading.Thread):
         self._courteous = ThreadPoolExecutor(1, "persist", initializer=_be_nice)
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._over = threading.Event()
+        self._catch_up_seconds = _CATCH_UP_SECONDS
         self._savings: list[Future[list[Saved]]] = []
         self._leave_store_until = 0.0
         self._returned = False
@@ -113,6 +115,7 @@ class Clerk(threading.Thread):
         """Do what is left, the run's own files last, and end; whether that succeeded in time."""
         if fenced:
             self._outputs = None
+            self._catch_up_seconds = 0.0
         self._over.set()
         self._tasks.put(None)
         self.join(timeout_seconds)
@@ -132,6 +135,7 @@ class Clerk(threading.Thread):
                 elif self._over.is_set():
                     self._courteous.shutdown()
                     self._collect()
+                    self._catch_up()
                     self._store_outputs()
                     return
                 else:
@@ -299,6 +303,20 @@ class Clerk(threading.Thread):
         else:
             if moved:
                 log.info("stored %d files that the run has written", len(moved))
+
+    def _catch_up(self) -> None:
+        """How the attempt has ended belongs into its record, also if a disk is full for a while.
+
+        Without that, a run that has finished would be taken for one that was lost.
+        """
+        until = time.monotonic() + self._catch_up_seconds
+        while time.monotonic() < until:
+            try:
+                self._ledger.catch_up()
+            except StoreError:
+                time.sleep(_ROUND_SECONDS)
+            else:
+                return
 
     def _record(self, changes: dict[str, Any]) -> None:
         try:
