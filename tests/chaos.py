@@ -139,7 +139,7 @@ class History:
     def _store_gone(self) -> None:
         """Its file system is unmounted for a while; nothing may be written where it was."""
         store = self._node.store_folder
-        if not store.exists():
+        if not store.exists() or not self._has_begun():
             return
         away = store.rename(store.with_name("unmounted"))
         store.mkdir()
@@ -147,6 +147,17 @@ class History:
         assert not list(store.iterdir()), "written into a mount point with nothing mounted on it"
         store.rmdir()
         away.rename(store)
+
+    def _has_begun(self) -> bool:
+        """Wait until this supervisor has an attempt: one that finds an empty folder when it looks
+        for the first time cannot know that something else belongs there. False if it has ended."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while self._current.process.poll() is None and time.monotonic() < deadline:
+            status = self._node.spool().status() or {}
+            if status.get("pid") == self._current.pid and status.get("phase") != "starting":
+                return True
+            time.sleep(0.01)
+        return False
 
     def _disk_full(self) -> None:
         """The store, logs and the run's own files are on it; somebody else has filled it."""
