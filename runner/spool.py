@@ -116,7 +116,7 @@ class RankSpool:
             return True
         if self.is_claimed(slot):
             return False
-        (self._disk_here or disk).mkdir(mode=0o700, parents=True, exist_ok=True)
+        (self._disk_here or disk).mkdir(mode=0o700, exist_ok=True)
         give_to(disk, self.owner)
         target = disk / f"{self.folder.parent.name}-{self.folder.name}-slot-{slot}"
         self.withdraw(slot)

@@ -654,6 +654,7 @@ def test_a_live_run_is_seen_followed_and_stopped(node: Node) -> None:
     assert following.wait() == 0
     assert following.out == "ready\n"
     assert len(node.records()) == 1
+    wait_until(lambda: not node.processes(), what="the end of the detached supervisor")
 
 
 def test_a_stop_that_was_meant_for_an_earlier_supervisor_stops_no_later_one(node: Node) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import os
@@ -697,6 +698,41 @@ def test_a_run_that_was_there_and_is_gone_is_no_empty_run(
     store.root.rmdir()
     mounted.rename(store.root)
     assert "a" in store.children("run")
+
+
+@pytest.mark.parametrize("ask", ASKS.values(), ids=ASKS)
+def test_a_folder_that_somebody_makes_where_a_run_was_is_not_that_run(
+    tmp_path: Path, ask: Callable[[DirectoryStore], Any]
+) -> None:
+    """A script that makes its own folder anew, in the mount point of what was unmounted."""
+    for key in ("run/a", "run/attempts/000001.json"):
+        DirectoryStore(tmp_path / "store").create(key, b"a")
+    store = DirectoryStore(tmp_path / "store")
+    store.read("run/a", 10)
+    (tmp_path / "store").rename(tmp_path / "elsewhere")
+    (store.root / "run" / "outputs").mkdir(parents=True)
+
+    with pytest.raises(StoreError, match="was there and is gone") as refusal:
+        ask(store)
+    assert not isinstance(refusal.value, NotFound)
+    assert tree(store.root) == ["run/", "run/outputs/"]
+
+
+@pytest.mark.parametrize("ask", ASKS.values(), ids=ASKS)
+def test_a_run_that_is_mounted_again_with_other_numbers_is_the_same_run(
+    tmp_path: Path, ask: Callable[[DirectoryStore], Any]
+) -> None:
+    """Some file systems give a folder another inode each time; what lies in it tells it."""
+    store = DirectoryStore(tmp_path / "store")
+    for key in ("run/a", "run/attempts/000001.json"):
+        store.create(key, b"a")
+    shutil.copytree(store.root, tmp_path / "copy")
+    shutil.rmtree(store.root)
+    (tmp_path / "copy").rename(store.root)
+
+    with contextlib.suppress(NotFound):
+        ask(store)
+    assert store.read("run/a", 10) in (b"a", b"new")
 
 
 def test_a_full_disk_is_a_store_error_and_nothing_is_left_behind(tmp_path: Path) -> None:

@@ -234,7 +234,7 @@ class DockerLauncher:
     def start(self, order: Order) -> ContainerTrainer:
         self.end_leftovers()
         for folder in (self._seat.places.outputs, self._seat.places.slots):
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(exist_ok=True)
             give_to(folder, owner_of(self._seat.user))
         request = trainer_request(self._job, self._seat, order, self._parent)
         name = f"{self._seat.places.spool.name}-a{order.attempt:04d}"

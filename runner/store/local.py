@@ -17,8 +17,10 @@ import io
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
@@ -39,12 +41,12 @@ class DirectoryStore:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.url = str(root)
-        self._seen: set[str] = set()  # folders right below the root
+        self._seen: dict[str, _Seen] = {}  # folders right below the root
 
     def read(self, key: str, limit: int) -> bytes:
         with self.errors(key), self.path(key).open("rb") as file:
             data = file.read(limit + 1)
-            self._seen.add(_first(key))
+            self._note(key)
         if len(data) > limit:
             raise StoreError(f"{key} is larger than {limit} bytes")
         return data
@@ -71,7 +73,7 @@ class DirectoryStore:
             except FileExistsError:
                 return False
             _fsync_directory(path.parent)
-            self._seen.add(_first(key))
+            self._note(key)
         return True
 
     def replace(self, key: str, data: bytes) -> None:
@@ -79,7 +81,7 @@ class DirectoryStore:
         with self.errors(key), self._temporary(path, data) as temporary:
             temporary.replace(path)
             _fsync_directory(path.parent)
-            self._seen.add(_first(key))
+            self._note(key)
 
     def put(self, key: str, content: Content) -> tuple[bytes, ...]:
         path = self.path(key)
@@ -96,15 +98,15 @@ class DirectoryStore:
 
     def children(self, prefix: str) -> list[str]:
         with self.errors(prefix):
+            folder = self.path(prefix) if prefix else self.root
+            if self._is_gone(prefix):
+                raise _missing(folder)
             try:
-                folder = self.path(prefix) if prefix else self.root
                 names = [path.name for path in folder.iterdir()]
             except FileNotFoundError:
-                if self._is_gone(prefix):
-                    raise
                 return []
             if prefix:
-                self._seen.add(_first(prefix))
+                self._note(prefix)
         return sorted(name for name in names if not name.startswith(_TEMPORARY))
 
     def delete(self, keys: Sequence[str]) -> None:
@@ -115,7 +117,7 @@ class DirectoryStore:
                 # A directory store has no empty prefixes, as S3 has none.
                 with contextlib.suppress(OSError):
                     path.parent.rmdir()
-                    self._seen.discard(str(path.parent.relative_to(self.root)))
+                    self._seen.pop(str(path.parent.relative_to(self.root)), None)
 
     def stage(self, prefix: str, owner: str) -> StagedDirectory:
         final = self.path(prefix)
@@ -169,13 +171,51 @@ class DirectoryStore:
         finally:
             temporary.unlink(missing_ok=True)
 
+    def _note(self, key: str) -> None:
+        """Something was found or written under this key: the folder of its run is there."""
+        first, _, rest = key.partition("/")
+        folder, seen = self.root / first, self._seen.get(first)
+        witness = rest if rest and "/" not in rest else None
+        if seen is None or (seen.witness is None and witness is not None):
+            with contextlib.suppress(OSError):  # it went this very moment
+                self._seen[first] = _Seen(_identity(folder), witness)
+
     def _is_gone(self, key: str) -> bool:
+        """Whether a run's folder is not the one any more that was seen.
+
+        The folder of a file system that was mounted again is not told by its numbers, and those of
+        some network file systems change at any time: then a file that lay in it decides.
+        """
         first = _first(key)
-        return first in self._seen and not (self.root / first).is_dir()
+        folder, seen = self.root / first, self._seen.get(first)
+        if seen is None:
+            return False
+        try:
+            identity = _identity(folder)
+        except (FileNotFoundError, NotADirectoryError):
+            return True
+        except OSError:  # which whatever is asked of it will say
+            return False
+        if identity == seen.identity:
+            return False
+        with contextlib.suppress(OSError):
+            if seen.witness is not None and (folder / seen.witness).exists():
+                self._seen[first] = _Seen(identity, seen.witness)
+                return False
+        return True
 
     def _make_folder(self, path: Path) -> None:
-        first = _first(str(path.relative_to(self.root)))
-        _make_directories(path, self.root / first if first in self._seen else None)
+        if self._is_gone(str(path.relative_to(self.root))):
+            raise _missing(path)
+        _make_directories(path)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A folder right below a store's root, by its device and inode, and a file right in it."""
+
+    identity: tuple[int, int]
+    witness: str | None
 
 
 class StagedDirectory:
@@ -294,13 +334,23 @@ def _first(key: str) -> str:
     return key.partition("/")[0]
 
 
-def _make_directories(path: Path, there: Path | None = None) -> None:
-    """`mkdir -p` whose new entries survive a power cut. FileNotFoundError if `there` is not."""
+def _identity(folder: Path) -> tuple[int, int]:
+    """Device and inode. NotADirectoryError if it is none."""
+    status = folder.stat()
+    if not stat.S_ISDIR(status.st_mode):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+    return status.st_dev, status.st_ino
+
+
+def _missing(path: Path) -> FileNotFoundError:
+    return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+
+
+def _make_directories(path: Path) -> None:
+    """`mkdir -p` whose new entries survive a power cut."""
     if path.is_dir():
         return
-    if path == there:
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
-    _make_directories(path.parent, there)
+    _make_directories(path.parent)
     with contextlib.suppress(FileExistsError):
         path.mkdir()
     _fsync_directory(path.parent)

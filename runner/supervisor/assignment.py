@@ -34,7 +34,11 @@ class Assignment:
 
 @dataclass(frozen=True)
 class LocalFiles:
-    """The folder of a run on this node."""
+    """The folder of a run on this node.
+
+    What lies in it is made where it is needed; the folder itself never is, once the run has begun:
+    where the run's store was unmounted, it would come into being in the mount point.
+    """
 
     folder: Path
 

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 from typing import Any, Protocol
 
 from runner.board import Board
@@ -78,6 +79,7 @@ class Clerk(threading.Thread):
         self._catch_up_seconds = _CATCH_UP_SECONDS
         self._savings: list[Future[list[Saved]]] = []
         self._leave_store_until = 0.0
+        self._over_for_good: dict[int, AttemptRecord] = {}
         self._returned = False
         self.board: Board | None = None
 
@@ -158,7 +160,7 @@ class Clerk(threading.Thread):
     def _restore(self, go_back: int, which: str | None, origin: Origin | None) -> None:
         self._bring_outputs_back()
         try:
-            records = self._ledger.records()
+            records = self._attempts()
             self._listener.knows(records)
             self._forecaster.attempt_begins(records)
             resumption = self._keeper.restore(go_back, which=which, origin=origin)
@@ -173,6 +175,17 @@ class Clerk(threading.Thread):
             if self.board is not None:
                 self.board.prepared = 1
             self._post(events.RestoreReady(time.monotonic(), step, self._keeper.durable_step))
+
+    def _attempts(self) -> list[AttemptRecord]:
+        """All until now. Of those that are over, what does not change is read and kept once, so
+        that the five-hundredth restart takes no longer than the first."""
+        records = self._ledger.records(self._over_for_good)
+        self._over_for_good = {
+            record.attempt: replace(record, metrics={})
+            for record in records[:-1]
+            if record.outcome is not None
+        }
+        return records
 
     def _describe(self, resumption: Resumption | None) -> None:
         if resumption is None:

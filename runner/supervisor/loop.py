@@ -221,8 +221,8 @@ class Supervisor:
             self._logs.finish(seconds, ship=saved and not fenced)
             self._trackers.close()
             self._leave_clouds(saved)
-            self._leave(saved)
             self._monitor.close(self._seconds_left())
+            self._leave(saved)
             for signum, handler in before.items():
                 signal.signal(signum, handler)
         return self._state.exit_code

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -124,6 +125,9 @@ def supervise(
         return PREEMPTED
     entry = _remember(job, store, spool, found.run_id)
     files = LocalFiles(index.files_of(found.run_id, store.url))
+    if is_s3(store.url):  # a directory store has it, with the run's record in it
+        with contextlib.suppress(OSError):  # who needs it will say so
+            files.folder.mkdir(parents=True, exist_ok=True)
     launcher = site.launcher(found.run_id, Places(spool.path, files.outputs, files.slots))
     audience = None if audience_of is None else audience_of(run_of(entry))
     return Supervisor(found, store, spool, ledger, launcher, audience).run()

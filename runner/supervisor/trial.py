@@ -75,7 +75,7 @@ class Trial:
     """One call. Its files are `result.json` and `output` in `folder`, which is made."""
 
     def __init__(self, place: Workplace, folder: Path, request: Mapping[str, Any]) -> None:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
         self._result, self._output = folder / "result.json", folder / "output"
         with self._output.open("wb") as output:
             self._process = subprocess.Popen(

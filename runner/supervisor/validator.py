@@ -216,7 +216,7 @@ class Validator(threading.Thread):
 
     def _try(self, manifest: Manifest) -> Validation:
         layout = self._archive.layout(manifest)
-        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._folder.mkdir(mode=0o700, exist_ok=True)
         needed, room = 2 * layout.nbytes + _LIBRARIES_BYTES, available_bytes(self._folder)
         if room < needed:
             raise RunnerError(f"it needs {needed / 1e6:.0f} MB, and there are {room / 1e6:.0f} MB")

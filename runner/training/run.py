@@ -77,9 +77,12 @@ class Run:
 
     @property
     def output_dir(self) -> Path:
-        """A directory for the script's own files; it exists."""
+        """A directory for the script's own files; it exists.
+
+        FileNotFoundError where the store it lies in is not mounted any more.
+        """
         path = Path(self._course.session.plan.output_dir)
-        path.mkdir(parents=True, exist_ok=True)
+        path.mkdir(exist_ok=True)
         return path
 
     # ------------------------------------------------------------------ the loops

@@ -42,6 +42,8 @@ class Settings:
     validate: dict[str, Any] | None = None
     contained: bool = False
     tracking: dict[str, Any] | None = None
+    threads: int | None = None
+    """That torch computes with; None: as many as there are cores."""
 
 
 class SupervisedRun:
@@ -87,10 +89,16 @@ class SupervisedRun:
                 **({} if validate is None else {"validate": validate}),
             },
             **({} if self._settings.tracking is None else {"tracking": self._settings.tracking}),
+            "env": self._threads,
             "preemption": {"grace": "120s"},
             "restart": {"backoff": {"initial": "1ms", "max": "1ms"}},
             "metrics": {"port": 0},
         }
+
+    @property
+    def _threads(self) -> dict[str, str]:
+        threads = self._settings.threads
+        return {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
 
     @property
     def _where(self) -> dict[str, Any]:

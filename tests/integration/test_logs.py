@@ -179,6 +179,7 @@ def test_a_detached_run_keeps_its_output_in_the_log_alone(node: Node) -> None:
     assert f"its messages are in {messages}" in detached.err
     assert "attempt 3" not in messages.read_text()
     assert "runner: " in messages.read_text()
+    wait_until(lambda: not node.processes(), what="the end of the detached supervisor")
 
 
 def test_the_log_outlives_the_node(new_node: Callable[[str], Node]) -> None:
