@@ -20,7 +20,7 @@ pytest.importorskip("torch")
 import torch
 
 from jobs.rul import data as cmapss
-from jobs.rul import synthetic
+from jobs.rul import nasa, synthetic
 from jobs.rul.data import DataError, DataOutOfReach, Engine, Statistics, Windows
 
 ROW = re.compile(rb"\d+ \d+ -?\d+\.\d{4} -?\d+\.\d{4} \d+\.0( -?\d+(\.\d{1,4})?){21}  ")
@@ -353,7 +353,7 @@ def published(folder: Path, site: Site, monkeypatch: pytest.MonkeyPatch) -> dict
     """The site serves the files of `folder`, whose sums are the known ones."""
     files = {name: (folder / name).read_bytes() for name in cmapss.file_names("FD001")}
     sums = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-    monkeypatch.setattr(cmapss, "KNOWN_SHA256", sums)
+    monkeypatch.setattr(nasa, "KNOWN_SHA256", sums)
     site.content = as_nasa_packs({"readme.txt": b"hello", **files})
     return files
 
@@ -460,10 +460,10 @@ def test_a_download_that_is_too_large_is_broken_off(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site.content = b"0" * 3_000_000
-    monkeypatch.setattr(cmapss, "MOST_ZIP_BYTES", 2_000_000)
+    monkeypatch.setattr(nasa, "MOST_ZIP_BYTES", 2_000_000)
 
     with pytest.raises(DataError, match="is larger than 2000000 bytes"):
-        cmapss.download(site.url)
+        nasa.download(site.url)
 
 
 # --- Normalization ---
@@ -609,5 +609,5 @@ def test_nasas_files_are_read_whole(
 
 @pytest.mark.real_data
 def test_the_known_sums_are_those_of_nasas_files(real_folder: Path) -> None:
-    for name, known in cmapss.KNOWN_SHA256.items():
+    for name, known in nasa.KNOWN_SHA256.items():
         assert hashlib.sha256((real_folder / name).read_bytes()).hexdigest() == known

@@ -450,6 +450,24 @@ def test_the_final_one_does_not_wait_for_an_older_one(
     assert at_work.wait_for(2) == [(older.name, "unknown"), (final.name, "invalid")]
 
 
+def test_one_is_not_deleted_while_it_is_tried_nor_while_it_waits(
+    store: DirectoryStore, supervised: Callable[..., Supervised]
+) -> None:
+    """Where checkpoints come faster than they are tried, none would ever be found valid."""
+    first, second = save(store, 1), save(store, 2)
+    at_work = supervised(env={"JUDGE_HANGS": "1"}, every=1)
+    at_work.saved(first, RUNNING)
+    wait_until(lambda: at_work.validator.pids, 10, "the process")
+    at_work.saved(second, RUNNING)
+    later = [save(store, number).name for number in range(3, 8)]
+
+    assert at_work.persister.retain() == later[:2]
+
+    at_work.validator.heard(events.Notice(0.0, "aws", 120.0), replace(RUNNING, deadline=120.0))
+    assert at_work.wait_for(1) == [(first.name, "unknown")]
+    assert at_work.persister.retain() == [first.name]
+
+
 def test_the_end_waits_for_the_last_one_if_it_may(
     store: DirectoryStore, supervised: Callable[..., Supervised]
 ) -> None:

@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from jobs.rul.data import SENSORS, Statistics, write_atomically
+from jobs.rul.data import SENSORS, Statistics
+from jobs.rul.nasa import write_atomically
 
 STATES = ("healthy", "degrading", "critical")
 RUL_WEIGHT, STATE_WEIGHT = 0.5, 0.5

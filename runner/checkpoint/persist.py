@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from hashlib import sha256
@@ -78,6 +78,7 @@ class Persister:
     def __post_init__(self) -> None:
         self._known: dict[str, Manifest] | None = None
         self._verdicts: dict[str, Verdict] | None = None
+        self._spared: frozenset[str] = frozenset()
         self._rates = Rates()
         self.timing = NO_TIMING
 
@@ -89,6 +90,13 @@ class Persister:
         """A checkpoint was validated just now; from any thread."""
         if self._verdicts is not None:
             self._verdicts[name] = verdict
+
+    def spare(self, names: Iterable[str]) -> None:
+        """Until others are named these are not deleted: they are being validated, or wait for it.
+
+        From any thread.
+        """
+        self._spared = frozenset(names)
 
     @property
     def count(self) -> int:
@@ -239,7 +247,7 @@ class Persister:
         """Delete what the policy no longer keeps; the names of what went."""
         known, verdicts = self._all_known(), self._all_verdicts()
         record = self.ledger.record or self.ledger.latest()
-        protected = {record.resumed_from or ""} if record else set()
+        protected = {*self._spared, *([record.resumed_from or ""] if record else [])}
 
         def going() -> list[str]:
             moments = [manifest.moment for manifest in known.values()]

@@ -1,12 +1,37 @@
-"""What clouds say, as events for the loop; and whether they may be told to go ahead."""
+"""Signals and clouds, as events for the loop; and whether a cloud may be told to go ahead."""
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 from runner import notices
 from runner.spool import SPOOL_PREFIX, is_locked
 from runner.supervisor import events
+
+SIGNALS = (
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGUSR1,
+    signal.SIGHUP,
+    signal.SIGUSR2,
+    signal.SIGRTMIN,
+)
+"""What a supervisor listens to."""
+
+
+def event_of_signal(signum: int, at: float, grace_seconds: float) -> events.Event:
+    """What one of `SIGNALS` asks for. Those that mean nothing here are the trainer's."""
+    match signum:
+        case signal.SIGTERM:
+            return events.Notice(at, "SIGTERM", at + grace_seconds, leave=True)
+        case signal.SIGINT:
+            return events.Interrupt(at)
+        case signal.SIGUSR1:
+            return events.SaveAsked(at)
+        case signal.SIGRTMIN:
+            return events.StacksAsked(at)
+    return events.Relayed(at, signum)
 
 
 def event_of(news: notices.News) -> events.Event:

@@ -26,15 +26,14 @@ from runner.board import Board, Why
 from runner.checkpoint.archive import Archive
 from runner.checkpoint.attempts import Ledger, utc_now
 from runner.checkpoint.keeper import Keeper, is_foreign
-from runner.checkpoint.logs import StoredLogs
 from runner.checkpoint.outputs import Outputs
 from runner.checkpoint.persist import Persister
 from runner.checkpoint.provenance import collect, keep_changes, mask_secrets
 from runner.errors import RunnerError, SpoolError, UsageError
 from runner.job import is_s3, job_as_submitted, resolved_command
 from runner.launch.base import Launcher
-from runner.logs.files import LogLimits
 from runner.notices import Watch
+from runner.saves import SaveRecord
 from runner.spool import Spool
 from runner.store import Store
 from runner.supervisor import events, index, listening, machine
@@ -48,16 +47,11 @@ from runner.supervisor.assignment import (
 )
 from runner.supervisor.audience import Audience
 from runner.supervisor.clerk import Clerk
-from runner.supervisor.detached import DETACHED_VARIABLE
 from runner.supervisor.forecast import Forecaster
 from runner.supervisor.gauges import Sight
+from runner.supervisor.journal import Journal
 from runner.supervisor.monitor import Monitor
-from runner.supervisor.pointlog import PointLog, stored_points
-from runner.supervisor.preflight import s3_options
 from runner.supervisor.reaper import become_subreaper, reap_orphans
-from runner.supervisor.runlog import RunLog
-from runner.supervisor.savelog import SaveLog, stored_saves
-from runner.supervisor.trackers import Trackers, errands
 from runner.supervisor.trainer import Trainer
 from runner.supervisor.upkeep import policy_of
 from runner.supervisor.validator import validator_of
@@ -67,18 +61,7 @@ log = logging.getLogger(__name__)
 
 _TICK_SECONDS = 0.02
 _CLERK_SECONDS = 600.0  # for what is left in the end, the run's own files above all
-_SHIPPING_SECONDS = 20.0  # for the end of the log
-_TRACKERS_SECONDS = 15.0  # for what trackers have not got yet
-_HURRIED_SECONDS = 2.0
 _TIDYING_SECONDS = 0.5
-_SIGNALS = (
-    signal.SIGTERM,
-    signal.SIGINT,
-    signal.SIGUSR1,
-    signal.SIGHUP,
-    signal.SIGUSR2,
-    signal.SIGRTMIN,
-)
 
 
 class Supervisor:
@@ -108,7 +91,7 @@ class Supervisor:
             store,
             ledger,
             policy_of(job.checkpoint.keep),
-            lambda: {"job": self._submitted, **self._provenance, **self._trackers.provenance},
+            lambda: {"job": self._submitted, **self._provenance, **self._journal.provenance},
             compresses=job.checkpoint.compression is not None,
             validates=job.checkpoint.validation is not None,
         )
@@ -125,27 +108,23 @@ class Supervisor:
         )
         self._validator = validator_of(job, self._files.validation, persister, self._events.put)
         self._state, self._actions = machine.begin(policy)
-        self._points = PointLog(
+        self._journal = Journal(
+            assignment,
+            store,
             self._rank.folder,
-            index.metrics_of(assignment.run_id, store.url),
-            stored_points(store, assignment.run_id),
+            ledger.check_fence,
+            lambda: self._state.deadline is None,
+            audience,
         )
-        self._saves = SaveLog(
-            index.metrics_of(assignment.run_id, store.url), stored_saves(store, assignment.run_id)
-        )
-        self._logs = self._log_for(audience)
         self._launcher = launcher
         self._trainer = Trainer(
             launcher,
-            self._logs,
+            self._journal.log,
             Vitals(job.health.patience, policy.hang_timeout_seconds),
             self._rank,
             job.resources.memory_guard,
         )
         self._first_step_seen = False
-        self._trackers = Trackers(
-            errands(job.tracking, job.workdir, assignment.run_id, store.url, s3_options(job))
-        )
         self._last_saved_at: float | None = None
         self._closed_attempt = 0
         self._begin_at = assignment.begin_at
@@ -169,24 +148,10 @@ class Supervisor:
             always_disk=checkpoint.slots == 0,
         )
 
-    def _log_for(self, audience: Audience | None) -> RunLog:
-        """Where everything that is said goes, and into the store with it what was logged."""
-        run_id, logs = self._assignment.run_id, self._job.logs
-        return RunLog(
-            index.logs_of(run_id, self._store.url),
-            LogLimits(logs.max_size_bytes, logs.files),
-            StoredLogs(self._store, run_id),
-            self._ledger.check_fence,
-            lambda: self._state.deadline is None,
-            passes_through=DETACHED_VARIABLE not in os.environ,
-            also=[self._points.shipment, self._saves.shipment],
-            audience=audience,
-        )
-
     def run(self) -> int:
         """Run until a terminal state; leave nothing of the trainer behind."""
-        before = {signum: signal.signal(signum, self._on_signal) for signum in _SIGNALS}
-        self._logs.start()
+        before = {signum: signal.signal(signum, self._on_signal) for signum in listening.SIGNALS}
+        self._journal.start()
         self._monitor.start()
         become_subreaper()
         (self._spool.path / "stop").unlink(missing_ok=True)  # meant for a supervisor before
@@ -199,7 +164,7 @@ class Supervisor:
         self._clerk.start()
         if self._validator is not None:
             self._validator.start()
-        self._trackers.start()
+        self._journal.start_trackers()
         try:
             self._clouds.start()
             self._perform(self._actions)
@@ -214,12 +179,13 @@ class Supervisor:
                 self._validator.finish(self._is_left_alone)
             observer.stop()
             tidying.join(_TIDYING_SECONDS)
-            self._points.finish()
-            self._note_last_saves()
-            self._leave_trackers(fenced=fenced)
-            seconds = min(_SHIPPING_SECONDS, self._seconds_left() / 2)
-            self._logs.finish(seconds, ship=saved and not fenced)
-            self._trackers.close()
+            self._journal.finish(
+                self._last_saves(),
+                self._seconds_left(),
+                hurried=self._state.deadline is not None,
+                fenced=fenced,
+                ship=saved,
+            )
             self._leave_clouds(saved)
             self._monitor.close(self._seconds_left())
             self._leave(saved)
@@ -253,7 +219,7 @@ class Supervisor:
             return events.StopAsked(now)
         if not self._trainer.is_there:
             return events.Tick(now)
-        self._points.look()
+        self._journal.look()
         code = self._trainer.exit_code(now, self._clerk.board)
         if code is not None:
             return self._exited(code)
@@ -307,17 +273,7 @@ class Supervisor:
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         """Runs between two bytecodes of the main thread: it only leaves a note."""
         now = time.monotonic()
-        if signum == signal.SIGTERM:
-            deadline = now + self._policy.grace_seconds
-            self._events.put(events.Notice(now, "SIGTERM", deadline, leave=True))
-        elif signum == signal.SIGINT:
-            self._events.put(events.Interrupt(now))
-        elif signum == signal.SIGUSR1:
-            self._events.put(events.SaveAsked(now))
-        elif signum == signal.SIGRTMIN:
-            self._events.put(events.StacksAsked(now))
-        else:
-            self._events.put(events.Relayed(now, signum))
+        self._events.put(listening.event_of_signal(signum, now, self._policy.grace_seconds))
 
     @property
     def _policy(self) -> machine.Policy:
@@ -345,10 +301,7 @@ class Supervisor:
     def _advance(self, event: events.Event) -> None:
         before = self._state
         if isinstance(event, events.Claimed):
-            self._points.begin(event.attempt)
-            self._saves.begin(event.attempt)
-            self._logs.begin(event.attempt)
-            self._trackers.news()
+            self._journal.begin(event.attempt)
         if isinstance(event, events.RestoreReady) and before.phase is machine.Phase.RESTORING:
             self._begin_at = None  # it has begun there, so what comes after that is newer
         if isinstance(event, events.Interrupt) and self._clerk.board is not None:
@@ -357,8 +310,7 @@ class Supervisor:
             before, _ = machine.step(before, events.Progressed(event.at, board.phase, board.step))
         self._state, actions = machine.step(before, event)
         if isinstance(event, events.Persisted):
-            self._saves.note(event.record)
-            self._trackers.news()
+            self._journal.saved(event.record)
         if isinstance(event, events.Saved):
             self._last_saved_at = max(event.at, self._last_saved_at or event.at)
         if self._state.phase is not before.phase or isinstance(event, events.Saved):
@@ -427,7 +379,7 @@ class Supervisor:
     def _end_trainer(self) -> None:
         """Kill whatever is left of the attempt; it does not return before that is gone."""
         code = self._trainer.end()
-        self._points.look()
+        self._journal.look()
         if code is not None:
             self._events.put(self._exited(code))
 
@@ -435,7 +387,7 @@ class Supervisor:
         if self._closed_attempt == self._attempt:
             return  # it failed, and the end came while the next one was being prepared
         self._closed_attempt = self._attempt
-        self._logs.attempt_ended()
+        self._journal.attempt_ended()
         board = self._clerk.board
         changes: dict[str, Any] = {"outcome": outcome, "cause": cause, "ended_at": utc_now()}
         if board is not None:
@@ -460,7 +412,7 @@ class Supervisor:
             ledger=self._ledger,
             spool=self._spool.path,
             pid_here=lambda pid: self._trainer.pid_here(pid),
-            newest=lambda: self._points.newest,
+            newest=lambda: self._journal.newest,
         )
 
     def _reached(self, board: Board | None) -> int:
@@ -485,13 +437,14 @@ class Supervisor:
         for name in remove_abandoned(path.parent, path):
             log.info("removed %s, which a run that is over had left", path.parent / name)
 
-    def _note_last_saves(self) -> None:
+    def _last_saves(self) -> list[SaveRecord]:
         """What became durable while the loop was over already."""
+        saves = []
         while not self._events.empty():
             event = self._events.get()
             if isinstance(event, events.Persisted):
-                self._saves.note(event.record)
-        self._saves.finish()
+                saves.append(event.record)
+        return saves
 
     def _publish(self) -> None:
         """Let `runner status` see what this supervisor is doing. Does nothing where it cannot."""
@@ -526,12 +479,6 @@ class Supervisor:
         if deadline is None:
             return _CLERK_SECONDS
         return max(0.2, min(_CLERK_SECONDS, deadline - time.monotonic()))
-
-    def _leave_trackers(self, *, fenced: bool) -> None:
-        """A node that is taken away waits for them a moment only: the next one sends the rest."""
-        is_hurried = fenced or self._state.deadline is not None
-        longest = (0.0 if fenced else _HURRIED_SECONDS) if is_hurried else 4 * _TRACKERS_SECONDS
-        self._trackers.leave(min(_TRACKERS_SECONDS, longest), longest)
 
     def _leave_clouds(self, saved: bool) -> None:
         """Listen no more. A cloud that waits for it is told that this machine may go, if it may."""

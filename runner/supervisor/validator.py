@@ -82,7 +82,8 @@ class Validator(threading.Thread):
         self._trial: Trial | None = None
         self._changed = threading.Condition()
         self._enough = threading.Event()
-        self._is_over = self._at_work = self._quiet = False
+        self._at_work = ""
+        self._is_over = self._quiet = False
         self._trains = True
 
     # ------------------------------------------------------------------ what the loop says
@@ -102,6 +103,7 @@ class Validator(threading.Thread):
             is_due = self._since >= self._wanted.every
             if saved is not None and (is_due or "final" in saved.triggers):
                 self._waiting = saved.checkpoint
+                self._spare()
             is_last = saved is not None and "final" in saved.triggers
             if not quiet or (is_last and self._at_work):
                 # Beside the last one, an older one is worth nothing, and it has been slow.
@@ -130,7 +132,7 @@ class Validator(threading.Thread):
 
     @property
     def _is_busy(self) -> bool:
-        return self._at_work or bool(self._waiting)
+        return bool(self._at_work or self._waiting)
 
     # ------------------------------------------------------------------ the thread
 
@@ -155,7 +157,8 @@ class Validator(threading.Thread):
                 reason = str(error)
             finally:
                 shutil.rmtree(self._folder, ignore_errors=True)
-                self._at_work = False
+                self._at_work = ""
+                self._spare()
             if result == "unknown":
                 self._since = self._wanted.every
             now = time.monotonic()
@@ -168,10 +171,14 @@ class Validator(threading.Thread):
                 self._changed.wait()
             if self._is_over:
                 return None
-            name, self._waiting = self._waiting, ""
-            self._at_work, self._since = True, 0
+            self._at_work, self._waiting = self._waiting, ""
+            self._since = 0
             self._enough.clear()
-            return name
+            return self._at_work
+
+    def _spare(self) -> None:
+        """Where checkpoints come faster than they can be validated, none would live that long."""
+        self._persister.spare(name for name in (self._at_work, self._waiting) if name)
 
     def _go_on(self) -> None:
         if self._enough.is_set():

@@ -36,7 +36,7 @@ _TRACKERS = {
     "wandb": ("runner.tracking.wandb", "WandBTracker"),
     "clearml": ("runner.tracking.clearml", "ClearMLTracker"),
 }
-_NICENESS = 10
+_NICENESS = 19
 _ROUND_SECONDS = 2.0
 _GATHER_SECONDS = 0.3
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 1.0, 60.0

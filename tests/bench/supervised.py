@@ -46,6 +46,11 @@ class Settings:
     """That torch computes with; None: as many as there are cores."""
 
 
+def spare_one() -> int:
+    """Threads for a trainer that leaves one processor free, as one does that waits for a GPU."""
+    return max(1, (os.cpu_count() or 2) - 1)
+
+
 class SupervisedRun:
     """A run of `trainer` with a store of its own in a place."""
 

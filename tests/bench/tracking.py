@@ -1,8 +1,8 @@
 """What a tracker costs the training loop: a run that is shown to MLflow, and one that is not.
 
 Each step logs a value; the tracker is MLflow with a database beside the store, so that its work is
-done on this machine, too. The two take turns, and the time of a step is the mean over all but the
-first, which a start makes slow.
+done on this machine, too, on the processor that the trainer leaves free. The two take turns, and
+the time of a step is the mean over all but the first, which a start makes slow.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import statistics
 
 from tests.bench.figures import Check, Figure, Peer
 from tests.bench.place import Neighbours, Place, neighbours
-from tests.bench.supervised import Settings, SupervisedRun
+from tests.bench.supervised import Settings, SupervisedRun, spare_one
 
-_STEPS = 600
-_WARM_UP_STEPS = 200  # while the library is loaded and the database is made
-_SAVE_EVERY_STEPS = 50
+_STEPS = 2000
+_WARM_UP_STEPS = 800  # while the library is loaded and the database is made
+_SAVE_EVERY_STEPS = 400
 
 
 def measure(place: Place, megabytes: float, repetitions: int) -> tuple[list[Figure], list[Check]]:
@@ -27,7 +27,11 @@ def measure(place: Place, megabytes: float, repetitions: int) -> tuple[list[Figu
     for number in range(repetitions):
         for values, tracking in ((alone, None), (shown, {"mlflow": {"uri": database}})):
             settings = Settings(
-                megabytes, _STEPS, save_every_steps=_SAVE_EVERY_STEPS, tracking=tracking
+                megabytes,
+                _STEPS,
+                save_every_steps=_SAVE_EVERY_STEPS,
+                tracking=tracking,
+                threads=spare_one(),
             )
             name = f"{'alone' if tracking is None else 'shown'}-{megabytes:g}-{number}"
             run = SupervisedRun(place, name, settings)

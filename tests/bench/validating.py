@@ -1,6 +1,6 @@
 """What a validation costs the training loop while it is under way, and how long one takes.
 
-One run, each fourth checkpoint of which is validated: the steps that had a validation beside them
+One run, each third checkpoint of which is validated: the steps that had a validation beside them
 are compared with those of the same run that had none, so what else the machine does falls on both.
 The trainer leaves one processor free, as one does that waits for a GPU: a validation takes what is
 left, and where nothing is left it waits.
@@ -8,19 +8,18 @@ left, and where nothing is left it waits.
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 
 from runner.checkpoint.attempts import parse_time
 from tests.bench.figures import Check, Figure, Peer
 from tests.bench.place import Neighbours, Place, neighbours
-from tests.bench.supervised import Settings, SupervisedRun
+from tests.bench.supervised import Settings, SupervisedRun, spare_one
 
 _SECONDS = 60.0
-_SAVE_EVERY_STEPS = 20
+_SAVE_EVERY_STEPS = 200
 _WARM_UP_STEPS = 20
-VALIDATE = {"entrypoint": "tests.bench.validating:check", "every": 4}
+VALIDATE = {"entrypoint": "tests.bench.validating:check", "every": 3}
 
 
 def measure(place: Place, megabytes: float, repetitions: int) -> tuple[list[Figure], list[Check]]:
@@ -32,7 +31,7 @@ def measure(place: Place, megabytes: float, repetitions: int) -> tuple[list[Figu
             megabytes,
             save_every_steps=_SAVE_EVERY_STEPS,
             validate=VALIDATE,
-            threads=max(1, (os.cpu_count() or 2) - 1),
+            threads=spare_one(),
         )
         run = SupervisedRun(place, f"validated-{megabytes:g}-{number}", settings)
         place.settle()
