@@ -173,6 +173,12 @@ HISTORIES: dict[str, tuple[Sequence[Event], Phase, list[type[Action]], int]] = {
         [*START, Restore, KillTree, EndAttempt],
         exitcodes.PREEMPTED,
     ),
+    "a call of the store has not come back for too long": (
+        [*RESTORING, StoreGone(1900.0, "stuck", since=100.0)],
+        Phase.PREEMPTED,
+        [*START, KillTree, EndAttempt],
+        exitcodes.PREEMPTED,
+    ),
     "a trainer crashes while the store is out of reach": (
         [*RESTORING, StoreGone(1.0, "down"), Exited(1.5, 1), Tick(2.5)],
         Phase.STARTING,

@@ -8,12 +8,11 @@ must be: one that gives way to the trainer, and that an attempt can begin beside
 from __future__ import annotations
 
 import logging
-import os
 import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -26,6 +25,7 @@ from runner.errors import Fenced, NoValidCheckpoint, RunnerError, StoreError, Us
 from runner.saves import SaveRecord
 from runner.spool import RankSpool
 from runner.supervisor import events
+from runner.supervisor.courteous import Courteous
 from runner.supervisor.forecast import EmergencySave, Forecaster
 from runner.supervisor.happenings import (
     CheckpointSaved,
@@ -40,7 +40,6 @@ log = logging.getLogger(__name__)
 _ROUND_SECONDS = 0.2
 _RETRY_SECONDS = 1.0
 _CATCH_UP_SECONDS = 10.0  # in the end, for a record that the store refuses
-_NICENESS = 10
 Task = Callable[[], None]
 
 
@@ -73,7 +72,7 @@ class Clerk(threading.Thread):
         self._ledger: Ledger = persister.ledger
         self._node, self._post, self._forecaster = node, post, forecaster
         self._outputs, self._listener = outputs, listener
-        self._courteous = ThreadPoolExecutor(1, "persist", initializer=_be_nice)
+        self._courteous = Courteous[list[Saved]]("persist")
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._over = threading.Event()
         self._catch_up_seconds = _CATCH_UP_SECONDS
@@ -82,8 +81,14 @@ class Clerk(threading.Thread):
         self._over_for_good: dict[int, AttemptRecord] = {}
         self._returned = False
         self.board: Board | None = None
+        self.moved_at = time.monotonic()
+        """When it was last seen that it does not stand still in one call."""
 
     # ------------------------------------------------------------------ what the loop asks
+
+    def moves(self) -> None:
+        """Something has come back from the store. From any thread."""
+        self.moved_at = time.monotonic()
 
     def claim(self) -> None:
         """Begin the next attempt, with a new board: `Claimed`."""
@@ -131,11 +136,12 @@ class Clerk(threading.Thread):
                 task = self._tasks.get(timeout=_ROUND_SECONDS)
             except queue.Empty:
                 task = None
+            self.moves()
             try:
                 if task is not None:
                     task()
                 elif self._over.is_set():
-                    self._courteous.shutdown()
+                    self._courteous.finish()
                     self._collect()
                     self._catch_up()
                     self._store_outputs()
@@ -358,8 +364,3 @@ def _not_prepared(error: Exception) -> events.Event:
     if is_outage(error):
         return events.StoreGone(time.monotonic(), str(error))
     return events.PreparationFailed(time.monotonic(), str(error), final=False)
-
-
-def _be_nice() -> None:
-    """Give way to the trainer. On Linux niceness is a thread's, and its threads inherit it."""
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)

@@ -47,9 +47,13 @@ class PreparationFailed(Event):
 
 @dataclass(frozen=True)
 class StoreGone(Event):
-    """The attempt could not be claimed, or its state not fetched, for the store is out of reach."""
+    """The attempt could not be claimed, or its state not fetched, for the store is out of reach.
+
+    Since then, if that is known; else since the first that is heard of it.
+    """
 
     reason: str
+    since: float | None = None
 
 
 @dataclass(frozen=True)

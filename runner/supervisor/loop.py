@@ -141,7 +141,12 @@ class Supervisor:
         return Keeper(
             self._rank,
             persister,
-            Archive(self._store, run_id, self._monitor.quarantined),
+            Archive(
+                self._store,
+                run_id,
+                self._monitor.quarantined,
+                before_part=lambda: self._clerk.moves(),
+            ),
             best=None if best is None else (best.metric, best.mode),
             prefer_healthy=self._job.health.restore == "healthy",
             disk=self._files.slots,
@@ -212,6 +217,9 @@ class Supervisor:
         now = time.monotonic()
         if not self._clerk.is_alive():
             raise RunnerError("nothing can be saved any more, see above: start the run again")
+        if self._stands_still(now):
+            since = self._clerk.moved_at
+            return events.StoreGone(now, "a call of it has not come back", since)
         validating = () if self._validator is None else self._validator.pids
         reap_orphans([*self._trainer.pids, *validating])
         if (self._spool.path / "stop").exists():
@@ -229,6 +237,16 @@ class Supervisor:
             self._events.put(event)
         self._events.put(events.Tick(now))
         return self._events.get()
+
+    def _stands_still(self, now: float) -> bool:
+        """Whether nothing can begin because one call of the store does not come back.
+
+        While a trainer runs, it trains; and in an emergency there is a deadline.
+        """
+        state = self._state
+        waits = state.phase in (machine.Phase.STARTING, machine.Phase.RESTORING)
+        longest = self._policy.store_timeout_seconds
+        return waits and state.retry_at is None and now - self._clerk.moved_at >= longest
 
     def _exited(self, code: int) -> events.Exited:
         board = self._clerk.board

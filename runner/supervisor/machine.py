@@ -357,7 +357,7 @@ def _on_store_gone(state: State, event: StoreGone) -> Step:
         return _cannot_start(state, event)
     if state.phase not in (Phase.STARTING, Phase.RESTORING):
         return state, []
-    waiting = wait_for_store(state, event.at)
+    waiting = wait_for_store(state, event)
     if waiting is not None and waiting.retry_at is not None:
         again = f"tried again in {waiting.retry_at - event.at:.3g} s"
         return waiting, [Say(f"the store is out of reach, {again}: {event.reason}", is_error=True)]

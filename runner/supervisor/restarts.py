@@ -7,6 +7,7 @@ import signal
 from collections import Counter
 from dataclasses import replace
 
+from runner.supervisor.events import StoreGone
 from runner.supervisor.state import Phase, Policy, State
 
 _MAX_DOUBLINGS = 60  # of the backoff: its longest is reached long before
@@ -26,12 +27,13 @@ def backoff_seconds(policy: Policy, failures: int, starts: int) -> float:
     return longest * (1 + share) / 2
 
 
-def wait_for_store(state: State, at: float) -> State | None:
+def wait_for_store(state: State, event: StoreGone) -> State | None:
     """A start that found the store out of reach: it tries again later, which is no failure.
 
     A trainer that was launched already waits with it. None when it was waited for long enough.
     """
-    since = at if state.store_gone_since is None else state.store_gone_since
+    at = event.at
+    since = min(s for s in (at, event.since, state.store_gone_since) if s is not None)
     if at - since >= state.policy.store_timeout_seconds:
         return None
     refusals = state.refusals + 1

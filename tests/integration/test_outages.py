@@ -140,6 +140,99 @@ def test_a_server_that_nobody_starts_is_waited_for_by_run_and_told_by_submit(
     assert "correct the address, or start the server" in attended.err
 
 
+# ---------------------------------------------------------------- calls that never come back
+
+
+@contextlib.contextmanager
+def stuck(path: Path) -> Iterator[None]:
+    """Whoever opens this file waits for ever, as on a network file system whose server is gone."""
+    aside = path.with_name(f"{path.name}.aside")
+    if path.exists():
+        path.rename(aside)
+    os.mkfifo(path)
+    try:
+        yield
+    finally:
+        path.unlink()
+        if aside.exists():
+            aside.rename(path)
+
+
+def test_a_save_that_never_comes_back_does_not_outlast_the_grace(
+    node: Node, undisturbed: str
+) -> None:
+    """Whoever is still there then is killed, and that would look like a crash."""
+    node.keeps_spool = True
+    job = node.training(
+        params={"befalls": {"1": {"7": "wait"}}},
+        preemption={"grace": "2s"},
+    )
+    supervisor = start(node, job, "step 7")
+    with stuck(node.store_folder / "job" / "attempts" / "000002.json"):
+        supervisor.send_signal(signal.SIGTERM)
+        node.wait_until_asked()
+        node.gate.touch()
+
+        assert supervisor.wait(30) == 75, supervisor.err
+    assert "nothing is durable: 7 steps are lost" in supervisor.err
+    done = node.run("run", job)
+    assert done.code == 0, done.err
+    assert node.digest() == undisturbed
+    assert [r.start_step for r in node.records()] == [0, 7]
+
+
+def test_a_periodic_save_that_never_comes_back_does_not_outlast_the_grace(
+    node: Node, undisturbed: str
+) -> None:
+    """The thread that stands in it is not waited for, and the trainer is not held up by it."""
+    node.keeps_spool = True
+    job = node.training(
+        params={"befalls": {"1": {"7": "wait"}}, "pace": 0.1},
+        checkpoint={"every": {"steps": 4}, "snapshot_every": {"steps": 1}},
+        preemption={"grace": "2s"},
+    )
+    supervisor = start(node, job, "step 7")
+    with stuck(node.store_folder / "job" / "attempts" / "000002.json"):
+        node.gate.touch()
+        wait_until(lambda: node.board().step > 10, what="steps beside the save")
+        supervisor.send_signal(signal.SIGTERM)
+
+        assert supervisor.wait(30) == 75, supervisor.err
+    assert "steps are lost" in supervisor.err
+    done = node.run("run", job)
+    assert done.code == 0, done.err
+    assert node.digest() == undisturbed
+    assert node.records()[1].start_step > 10, "what the slot on the node held"
+
+
+def test_a_start_that_never_comes_back_is_given_up(node: Node, undisturbed: str) -> None:
+    """By itself when it was waited for long enough, and within the grace if the node is to go."""
+    job = node.training(
+        params={"befalls": {"1": {"7": "wait"}}},
+        preemption={"grace": "2s"},
+        restart={"store_timeout": "1s"},
+    )
+    supervisor = start(node, job, "step 7")
+    supervisor.send_signal(signal.SIGTERM)
+    node.wait_until_asked()
+    node.gate.touch()
+    assert supervisor.wait() == 75, supervisor.err
+    with stuck(node.checkpoint(node.newest()) / "validation.json"):
+        called_away = start(node, job, "importing in process")
+        called_away.send_signal(signal.SIGTERM)
+        assert called_away.wait(30) == 75, called_away.err
+
+        waited = node.start("run", job)
+        assert waited.wait(60) == 75, waited.err
+        assert "the store was out of reach for 1 s: start it again" in waited.err
+        assert "a call of it has not come back" in waited.err
+
+    done = node.run("run", job)
+    assert done.code == 0, done.err
+    assert node.digest() == undisturbed
+    assert node.records()[-1].start_step == 7
+
+
 # ---------------------------------------------------------------- disks and memory
 
 
