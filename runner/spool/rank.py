@@ -1,0 +1,197 @@
+"""The part of the spool that belongs to one rank, which both sides use, each its own verbs."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any
+
+from runner.board import Board, blank_board
+from runner.errors import SpoolFull, SpoolTaken
+from runner.spool.files import Owner, dump, give_to, locked, put, read_json
+from runner.spool.slots import Marker, open_slot, read_marker
+
+FACTS_FILE = "facts.json"  # where a checkpoint comes from, as far as only the trainer knows
+_SLOT_MARKER = re.compile(r"slot-([0-9])\.json")
+
+
+class RankSpool:
+    """The part of the spool that belongs to one rank. Both sides use it, each its own verbs.
+
+    `owner` is whom all in it is to belong to, where that is another user than we are: a trainer in
+    a container. `disk_here` is how a trainer sees the folder into which slots on disk are linked,
+    where that has another name for it.
+    """
+
+    def __init__(
+        self, folder: Path, owner: Owner | None = None, disk_here: Path | None = None
+    ) -> None:
+        self.folder, self.owner, self._disk_here = folder, owner, disk_here
+
+    def slot_path(self, slot: int) -> Path:
+        path = self.folder / f"slot-{slot}"
+        if self._disk_here is not None and path.is_symlink():
+            return self._disk_here / path.readlink().name
+        return path
+
+    def open_slot(self, path: Path, nbytes: int) -> mmap.mmap:
+        """Map a slot for writing, as `open_slot` does; a new one belongs to the owner."""
+        memory = open_slot(path, nbytes)
+        if self.owner is not None:
+            os.chown(path, *self.owner)
+        return memory
+
+    def put_on_disk(self, slot: int, disk: Path) -> bool:
+        """Let a slot be a file in `disk`, where memory is too short for it. Its content is lost.
+
+        False, and nothing is done, while the supervisor has it claimed.
+        """
+        path = self.folder / f"slot-{slot}"
+        if path.is_symlink():
+            return True
+        if self.is_claimed(slot):
+            return False
+        (self._disk_here or disk).mkdir(mode=0o700, exist_ok=True)
+        give_to(disk, self.owner)
+        target = disk / f"{self.folder.parent.name}-{self.folder.name}-slot-{slot}"
+        self.withdraw(slot)
+        path.unlink(missing_ok=True)
+        path.symlink_to(target)
+        return True
+
+    def remove_disk_slots(self) -> None:
+        """Delete the files that slots on disk are."""
+        for path in self.folder.glob("slot-?"):
+            if path.is_symlink():
+                path.readlink().unlink(missing_ok=True)
+
+    # ------------------------------------------------------------------ the trainer's side
+
+    def lock(self) -> IO[bytes]:
+        """Take the rank for this process. SpoolTaken if another one has attached."""
+        lock = locked(self.folder / "lock")
+        if lock is None:
+            raise SpoolTaken(
+                f"another process has attached to {self.folder}; a script that is started by a "
+                "training script must run with RUNNER_SPOOL unset"
+            )
+        return lock
+
+    def publish(self, marker: Marker) -> None:
+        """Hand a slot over: from now on it is complete."""
+        self._put(f"slot-{marker.slot}.json", asdict(marker))
+
+    def withdraw(self, slot: int) -> bool:
+        """Take a slot's marker back before overwriting it; False if there was none to take."""
+        try:
+            (self.folder / f"slot-{slot}.json").unlink()
+        except FileNotFoundError:
+            return False
+        return True
+
+    def is_claimed(self, slot: int) -> bool:
+        return (self.folder / f"slot-{slot}.claimed.json").exists()
+
+    # ------------------------------------------------------------------ the supervisor's side
+
+    def prepare(self) -> Board:
+        """Begin an attempt: a new board, no leftovers but complete slots."""
+        self.folder.mkdir(mode=0o700, exist_ok=True)
+        for name in ("restore.json", "fetch.json", "fetched.json"):
+            (self.folder / name).unlink(missing_ok=True)
+        path = self.folder / "board"
+        # A new file: a process that still has the old one mapped writes into nothing.
+        put(path, blank_board(), self.owner)
+        return Board(path)
+
+    def complete(self) -> list[Marker]:
+        """Markers of all complete slots that nobody has claimed, oldest first."""
+        markers = []
+        for path in self.folder.glob("slot-?.json"):
+            match = _SLOT_MARKER.fullmatch(path.name)
+            marker = read_marker(path) if match else None
+            if match and marker is not None and marker.slot == int(match.group(1)):
+                markers.append(marker)
+        return sorted(markers, key=lambda marker: marker.order)
+
+    def claim(self, slot: int) -> Marker | None:
+        """Take a complete slot, so that it is not overwritten; None if it was just withdrawn."""
+        claimed = self.folder / f"slot-{slot}.claimed.json"
+        try:
+            (self.folder / f"slot-{slot}.json").rename(claimed)
+        except FileNotFoundError:
+            return None
+        marker = read_marker(claimed)
+        if marker is None:
+            claimed.unlink(missing_ok=True)
+        return marker
+
+    def give_back(self, slot: int, *, must: bool = False) -> None:
+        """End a claim: the slot is complete again; `must` says whether it is still to be persisted.
+
+        Where memory is so short that not even a marker can be written, a slot that was persisted
+        is dropped instead, and one that is still to be persisted is what it was before the claim.
+        """
+        claimed = self.folder / f"slot-{slot}.claimed.json"
+        marker = read_marker(claimed)
+        if marker is None:
+            claimed.unlink(missing_ok=True)
+            return
+        if marker.must != must:
+            try:
+                self._put(claimed.name, asdict(marker) | {"must": must})
+            except SpoolFull:
+                if marker.must:
+                    self.drop(slot)
+                    return
+        claimed.rename(self.folder / f"slot-{slot}.json")
+
+    def hold(self, marker: Marker) -> None:
+        """Make a slot that the supervisor has filled complete, and claimed from the start."""
+        self._put(f"slot-{marker.slot}.claimed.json", asdict(marker))
+
+    def forget(self) -> None:
+        """Give up every complete slot: what they hold is not to be continued from."""
+        for marker in self.complete():
+            self.withdraw(marker.slot)
+
+    def drop(self, slot: int) -> None:
+        """End a claim: the slot is free."""
+        (self.folder / f"slot-{slot}.claimed.json").unlink(missing_ok=True)
+
+    def claimed(self) -> list[Marker]:
+        """Markers of the slots that are claimed, by whomever."""
+        paths = self.folder.glob("slot-[0-9].claimed.json")
+        return [marker for marker in map(read_marker, paths) if marker is not None]
+
+    def recover_claims(self, held: Collection[int] = ()) -> None:
+        """Give back what a supervisor that is dead by now had claimed; `held` are its heir's."""
+        for path in self.folder.glob("slot-[0-9].claimed.json"):
+            slot = int(path.name[5])
+            if slot not in held:
+                marker = read_marker(path)
+                self.give_back(slot, must=marker is not None and marker.must)
+
+    # ------------------------------------------------------------------ messages
+
+    def send(self, name: str, content: Mapping[str, Any]) -> None:
+        """Leave a message: a small JSON file that appears all at once."""
+        self._put(name, content)
+
+    def _put(self, name: str, content: Mapping[str, Any]) -> None:
+        put(self.folder / name, dump(content), self.owner)
+
+    def read(self, name: str) -> dict[str, Any]:
+        """A message that stays; empty if there is none."""
+        return read_json(self.folder / name) or {}
+
+    def take(self, name: str) -> dict[str, Any] | None:
+        """Read a message and remove it."""
+        message = read_json(self.folder / name)
+        if message is not None:
+            (self.folder / name).unlink(missing_ok=True)
+        return message
