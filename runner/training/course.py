@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,8 +24,9 @@ from runner.exitcodes import PREEMPTED
 from runner.training.capture import TrainingState
 from runner.training.health import Health
 from runner.training.metrics import Metrics
+from runner.training.occasions import Boundary, Occasions
 from runner.training.preempted import Preempted
-from runner.training.rhythm import SaveRhythm, SnapshotRhythm
+from runner.training.rhythm import SnapshotRhythm
 from runner.training.saved import SavedState
 from runner.training.session import Session
 from runner.training.streams import Streams
@@ -93,10 +93,7 @@ class Course:
         self.streams = Streams(state.generators)
         self.loop: Loop | None = None
         self.in_body = False
-        self._best: list[float] = []
-        self._ask_to_save = False
-        self._saves = SaveRhythm(session.plan.every)
-        self._weights = SaveRhythm(session.plan.weights_every)
+        self._occasions = Occasions(session.plan)
         self._rhythm = SnapshotRhythm(session.plan.snapshot_steps)
         self._accounts = session.accounts
         self._lap: float | None = None
@@ -130,7 +127,7 @@ class Course:
         self._source = source.anew()
         self.place = Place(**progress["place"])
         self._load_metrics(progress)
-        self._best = progress["best"]
+        self._occasions.best = progress["best"]
         self.streams.load_state(progress["streams"])
         self._saved_loop = progress["loop"]
         self._productive_before = saved.moment.productive_seconds
@@ -374,7 +371,7 @@ class Course:
         self.metrics.log(values, in_body=self.in_body, step=step, epoch=self.place.epoch)
 
     def ask_to_save(self) -> None:
-        self._ask_to_save = True
+        self._occasions.ask()
 
     def _boundary(
         self, *, last: bool = False, step_end: bool = False, epoch_end: bool = False
@@ -386,18 +383,19 @@ class Course:
             if step_end:
                 self.session.board.steps.observe(seconds)
         with self._stalled():
-            self._pause(last=last, step_end=step_end, epoch_end=epoch_end)
+            place = self.place
+            self._pause(Boundary(place.step, place.epoch, last, step_end, epoch_end))
         if self._lap is not None:
             self._lap = time.monotonic()
 
-    def _pause(self, *, last: bool, step_end: bool, epoch_end: bool) -> None:
+    def _pause(self, boundary: Boundary) -> None:
         """Show where the run is, take a snapshot where one is due, and obey."""
         self.in_body = False
         self.watch.settled()
         board, plan = self.session.board, self.session.plan
-        if step_end and board.first_step_ns == 0:
+        if boundary.step_end and board.first_step_ns == 0:
             board.first_step_ns = time.monotonic_ns()
-        if step_end and board.phase == FIRST_STEP:
+        if boundary.step_end and board.phase == FIRST_STEP:
             board.phase = TRAINING
         self._show()
         hold = plan.hold_at_step
@@ -405,17 +403,19 @@ class Course:
             self._held = True
             self.session.hold()
         asked = self.session.asked()
-        triggers = self._triggers(last=last, step_end=step_end, epoch_end=epoch_end)
+        triggers = self._occasions.triggers(boundary, self.metrics.fresh(), board.interval_ms)
         if asked is not None:
             triggers.add(asked.why.trigger)
-        weights = self._weights_due(step_end=step_end, epoch_end=epoch_end)
-        if triggers or weights or self._rhythm.is_due(epoch_end=epoch_end):
+        weights = self.state.modules if self._occasions.weights_are_due(boundary) else []
+        if triggers or weights or self._rhythm.is_due(epoch_end=boundary.epoch_end):
             # At an epoch's end a script may put other weights in place without any hook's knowing.
-            beside = not (epoch_end or last or asked is not None)
+            beside = not (boundary.epoch_end or boundary.last or asked is not None)
             self._snapshot(triggers, beside=beside, weights=[] if triggers else weights)
         self.metrics.settle()
         self._show_health()
-        board.finished = int(last)  # another loop may follow the one that seemed to be the last
+        board.finished = int(
+            boundary.last
+        )  # another loop may follow the one that seemed to be the last
         if asked is not None:
             self.session.obeyed(asked)
             if asked.kind is Request.SAVE_AND_STOP:
@@ -424,44 +424,6 @@ class Course:
                 interrupt = asked.why is Why.INTERRUPT
                 code = self.session.interrupt_code if interrupt else PREEMPTED
                 raise Preempted(asked.why.trigger, code)
-
-    def _triggers(self, *, last: bool, step_end: bool, epoch_end: bool) -> set[str]:
-        triggers = set()
-        if self._interval_is_over(step_end=step_end, epoch_end=epoch_end):
-            triggers.add("interval")
-        if self._is_best():
-            triggers.add("best")
-        if self._ask_to_save:
-            triggers.add("manual")
-        if last:
-            triggers.add("final")
-        return triggers
-
-    def _interval_is_over(self, *, step_end: bool, epoch_end: bool) -> bool:
-        return self._saves.is_due(
-            self.place.step,
-            self.place.epoch,
-            step_end=step_end,
-            epoch_end=epoch_end,
-            milliseconds=self.session.board.interval_ms if self.session.plan.every_auto else 0,
-        )
-
-    def _weights_due(self, *, step_end: bool, epoch_end: bool) -> list[str]:
-        """The components to store alone now; none where it is not time."""
-        place = self.place
-        due = self._weights.is_due(place.step, place.epoch, step_end=step_end, epoch_end=epoch_end)
-        return self.state.modules if due else []
-
-    def _is_best(self) -> bool:
-        """Whether the metric, logged for just this state, is among the best so far."""
-        best = self.session.plan.best
-        value = math.nan if best is None else self.metrics.fresh().get(best.metric, math.nan)
-        if best is None or not math.isfinite(value):
-            return False
-        if len(self._best) >= best.count and not best.better(value, self._best[-1]):
-            return False
-        self._best = sorted([*self._best, value], reverse=best.mode == "max")[: best.count]
-        return True
 
     def _snapshot(self, triggers: set[str], *, beside: bool, weights: Sequence[str] = ()) -> None:
         begun = time.monotonic()
@@ -489,11 +451,7 @@ class Course:
         if self.session.save(moment, document, sink, beside=beside, weights=weights):
             self._has_copied = True
             self._rhythm.copied(time.monotonic() - begun)
-        if triggers:
-            self._ask_to_save = False
-            self._saves.saved()
-        if triggers or weights:
-            self._weights.saved()
+        self._occasions.saved(triggers, weights=bool(weights))
 
     def _progress(self) -> Mapping[str, Any]:
         loop = None
@@ -502,7 +460,7 @@ class Course:
         return {
             "place": dict(vars(self.place)),
             "metrics": self.metrics.state(),
-            "best": self._best,
+            "best": self._occasions.best,
             "streams": self.streams.state(),
             "loop": loop,
         }
