@@ -22,7 +22,7 @@ from runner.launch.docker import (
     probe_request,
     trainer_request,
 )
-from runner.launch.image import Image, gpu_problem, problem_of
+from runner.launch.image import Image, Progress, gpu_problem, problem_of, repository_of
 from runner.launch.site import check_memory
 from runner.launch.users import container_user
 
@@ -218,3 +218,55 @@ def test_what_is_missing_for_gpus_is_told_in_order(tmp_path: Path) -> None:
     (tmp_path / "usr/bin").mkdir(parents=True)
     (tmp_path / "usr/bin/nvidia-container-cli").touch()
     assert "nvidia-ctk runtime configure" in gpu_problem(tmp_path)
+
+
+# ---------------------------------------------------------------- pulling
+
+
+@pytest.mark.parametrize(
+    ("reference", "repository"),
+    {
+        "ubuntu": "ubuntu",
+        "ubuntu:24.04": "ubuntu",
+        "docker.io/library/ubuntu:24.04": "ubuntu",
+        "index.docker.io/nvidia/cuda:12": "nvidia/cuda",
+        "127.0.0.1:5000/a/b:1.0": "127.0.0.1:5000/a/b",
+        "127.0.0.1:5000/b": "127.0.0.1:5000/b",
+        "registry.example/b:1@sha256:abcd": "registry.example/b",
+        "registry.example/library/b@sha256:abcd": "registry.example/library/b",
+    }.items(),
+)
+def test_a_name_and_a_digest_are_of_the_same_repository(reference: str, repository: str) -> None:
+    assert repository_of(reference) == repository
+
+
+def test_a_pull_is_as_far_as_its_layers_are() -> None:
+    def message(layer: str, status: str, current: int = 0, total: int = 0) -> dict[str, Any]:
+        detail = {"current": current, "total": total} if total else {}
+        return {"id": layer, "status": status, "progressDetail": detail}
+
+    progress = Progress()
+    told = []
+    for each in (
+        message("a", "Pulling fs layer"),
+        message("b", "Already exists"),
+        message("a", "Downloading", 20_000_000, 40_000_000),
+        message("c", "Downloading", 1_000_000, 10_000_000),
+        message("a", "Download complete"),
+        message("c", "Retrying in 5 seconds"),
+        message("a", "Extracting", 1_000_000, 40_000_000),
+        message("c", "Verifying Checksum"),
+    ):
+        progress.take(each)
+        told.append(str(progress) if progress else None)
+
+    assert told == [
+        None,
+        None,
+        "20 of 40 MB",
+        "21 of 50 MB",
+        "41 of 50 MB",
+        "41 of 50 MB",
+        "41 of 50 MB",
+        "unpacking 50 MB",
+    ]

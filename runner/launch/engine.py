@@ -33,11 +33,13 @@ class Engine:
     def connect(cls, environment: Mapping[str, str] = os.environ) -> Engine:
         """Reach the engine that `DOCKER_HOST` names, or Docker's own socket.
 
-        UsageError if there is none, it is another machine's, or this user may not use it.
+        UsageError if there is none, it is another machine's, or this user may not use it; also if
+        Docker's own configuration cannot be understood.
         """
         sdk = _sdk()
         address = environment.get("DOCKER_HOST") or DEFAULT_SOCKET
         socket = _socket_of(address)
+        _check_credentials(sdk)
         try:
             client = sdk.APIClient(
                 base_url=f"unix://{socket}", version="auto", timeout=_ANSWER_SECONDS
@@ -96,7 +98,7 @@ class Engine:
         with self._translated(f"pull {name}"):
             try:
                 yield from self._client.pull(repository, **wanted, stream=True, decode=True)
-            except self._sdk.errors.APIError as error:
+            except self._sdk.errors.DockerException as error:  # of a helper for credentials, too
                 yield {"error": _explanation(error)}
 
     # ------------------------------------------------------------------ containers
@@ -179,6 +181,18 @@ def _sdk() -> ModuleType:
         if hasattr(sdk, "APIClient"):
             return sdk
     raise UsageError("launcher: docker needs the docker SDK: pip install 'runner[docker]'")
+
+
+def _check_credentials(sdk: ModuleType) -> None:
+    """UsageError for credentials that are none, over which the SDK stumbles. None are shown."""
+    try:
+        sdk.auth.load_config()
+    except (sdk.errors.DockerException, ValueError, TypeError, AttributeError):
+        file = sdk.utils.config.find_config_file()
+        raise UsageError(
+            f"Docker's configuration {file} has credentials that are none: mend its `auths`, or "
+            "call `docker logout` and `docker login` for the registry"
+        ) from None
 
 
 def _socket_of(address: str) -> Path:

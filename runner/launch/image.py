@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 OLDEST_PYTHON = (3, 11)  # as in pyproject.toml
 _PROBE_SECONDS = 60.0
 _PROGRESS_SECONDS = 5.0
+_DOWNLOADED = ("Verifying Checksum", "Download complete", "Extracting", "Pull complete")
 _PYTHONS = ("python3", "python")
 _NOT_FOUND = 127
 _PROGRAM = """
@@ -70,15 +71,23 @@ class Image:
         return {"name": self.name, "id": self.id, "digest": self.digest}
 
 
-def find_image(engine: Engine, name: str, pinned: Mapping[str, Any] | None = None) -> Image:
+def find_image(
+    engine: Engine, name: str, pinned: Mapping[str, Any] | None = None, *, newest: bool = False
+) -> Image:
     """The image of this name: the one that is here, or else pulled.
 
     With `pinned`, the record of a run that was begun with it, it is the very same image, whatever
-    its name stands for by now. UsageError if it cannot be had.
+    its name stands for by now. With `newest`, the registry that it came from is asked for what it
+    has under the name now; if that cannot be told, it is the one that is here. UsageError if it
+    cannot be had.
     """
     if pinned is not None and pinned.get("name") == name:
         return _find_pinned(engine, name, pinned)
-    found = engine.image(name) or _pull(engine, name)
+    found = engine.image(name)
+    if found is None:
+        found = _pull(engine, name)
+    elif newest and "@" not in name and _digest_from(name, found):
+        found = _newest(engine, name, found)
     return _described(name, found)
 
 
@@ -86,7 +95,7 @@ def _find_pinned(engine: Engine, name: str, pinned: Mapping[str, Any]) -> Image:
     found = engine.image(str(pinned["id"]))
     if found is None and pinned.get("digest"):
         digest = str(pinned["digest"])
-        found = engine.image(digest) or _pull(engine, digest)
+        found = engine.image(digest) or _pull(engine, digest, known_as=name)
     if found is None:
         raise UsageError(
             f"image: the run began with {name} as {pinned['id']}, which is not here and from no "
@@ -96,43 +105,96 @@ def _find_pinned(engine: Engine, name: str, pinned: Mapping[str, Any]) -> Image:
     return _described(name, found)
 
 
+def _newest(engine: Engine, name: str, here: dict[str, Any]) -> dict[str, Any]:
+    found, problem = _fetch(engine, name)
+    if found is None:
+        log.warning(
+            "no newer %s can be looked for: %s; going on with the one that is here", name, problem
+        )
+    return found or here
+
+
 def _described(name: str, found: Mapping[str, Any]) -> Image:
     digests = found.get("RepoDigests") or []
-    repository = name.partition("@")[0].rpartition(":")[0] or name.partition("@")[0]
-    own = next((d for d in digests if d.partition("@")[0] in (repository, name)), None)
-    return Image(name, str(found["Id"]), own or (digests[0] if digests else None))
+    digest = _digest_from(name, found) or (digests[0] if digests else None)
+    return Image(name, str(found["Id"]), digest)
 
 
-def _pull(engine: Engine, name: str) -> dict[str, Any]:
+def _digest_from(name: str, found: Mapping[str, Any]) -> str | None:
+    """By which digest the repository of this name has an image; None if it came from elsewhere."""
+    digests = found.get("RepoDigests") or []
+    return next((str(d) for d in digests if repository_of(d) == repository_of(name)), None)
+
+
+def repository_of(reference: str) -> str:
+    """Where an image is kept, without tag and digest, and in one way for Docker's own registry."""
+    path, slash, last = reference.partition("@")[0].rpartition("/")
+    whole = f"{path}{slash}{last.partition(':')[0]}"
+    for said in ("index.docker.io/", "docker.io/"):
+        whole = whole.removeprefix(said)
+    return whole.removeprefix("library/")
+
+
+def _pull(engine: Engine, name: str, known_as: str | None = None) -> dict[str, Any]:
+    """Fetch what is not here. `known_as` is the name by which a run began with this digest."""
+    found, problem = _fetch(engine, name)
+    if found is not None:
+        return found
+    next_step = "check the name, and `docker login` if its registry asks for that"
+    if known_as is not None:
+        next_step = (
+            f"the run began with it as {known_as}: `docker login` if its registry asks for that, "
+            "or say --update to go on with what has that name now"
+        )
+    raise UsageError(f"image: {name} is not here and cannot be pulled: {problem}; {next_step}")
+
+
+def _fetch(engine: Engine, name: str) -> tuple[dict[str, Any] | None, str]:
+    """Pull an image: what the engine has of it then, or None and why it cannot be."""
     log.info("pulling the image %s", name)
     begun = time.monotonic()
-    problem = _follow(engine.pull(name), begun)
-    found = None if problem else engine.image(name)
-    if found is None:
-        raise UsageError(
-            f"image: {name} is not here and cannot be pulled: {problem or 'it is not there'}; "
-            "check the name, and `docker login` if its registry asks for that"
-        )
-    size, seconds = found.get("Size", 0) / 1e6, time.monotonic() - begun
-    log.info("pulled %s: %.0f MB in %.0f s", name, size, seconds)
-    return found
+    if problem := _follow(engine.pull(name), begun):
+        return None, problem
+    found = engine.image(name)
+    if found is not None:
+        size, seconds = found.get("Size", 0) / 1e6, time.monotonic() - begun
+        log.info("pulled %s: %.0f MB in %.0f s", name, size, seconds)
+    return found, "it is not there"
 
 
 def _follow(messages: Iterable[Mapping[str, Any]], begun: float) -> str | None:
     """Say how far it is, from time to time; why it failed, if it did."""
-    layers: dict[str, tuple[int, int]] = {}
-    said = begun
+    progress, said = Progress(), begun
     for message in messages:
         if "error" in message:
             return str(message["error"])
-        detail = message.get("progressDetail") or {}
-        if detail.get("total") and message.get("status") == "Downloading":
-            layers[str(message.get("id"))] = int(detail["current"]), int(detail["total"])
-        if layers and time.monotonic() - said >= _PROGRESS_SECONDS:
+        progress.take(message)
+        if progress and time.monotonic() - said >= _PROGRESS_SECONDS:
             said = time.monotonic()
-            done, total = (sum(numbers) / 1e6 for numbers in zip(*layers.values(), strict=True))
-            log.info("pulling: %.0f of %.0f MB", done, total)
+            log.info("pulling: %s", progress)
     return None
+
+
+class Progress:
+    """How far a pull is, by what the engine tells of it: bytes of the layers begun so far."""
+
+    def __init__(self) -> None:
+        self._layers: dict[str, tuple[int, int]] = {}
+
+    def take(self, message: Mapping[str, Any]) -> None:
+        layer, status = str(message.get("id")), message.get("status")
+        detail = message.get("progressDetail") or {}
+        if status == "Downloading" and detail.get("total"):
+            self._layers[layer] = int(detail["current"]), int(detail["total"])
+        elif status in _DOWNLOADED and layer in self._layers:
+            self._layers[layer] = (self._layers[layer][1],) * 2
+
+    def __bool__(self) -> bool:
+        return bool(self._layers)
+
+    def __str__(self) -> str:
+        done, total = (sum(numbers) / 1e6 for numbers in zip(*self._layers.values(), strict=True))
+        return f"{done:.0f} of {total:.0f} MB" if done < total else f"unpacking {total:.0f} MB"
 
 
 # ---------------------------------------------------------------------------- what is in it

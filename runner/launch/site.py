@@ -79,12 +79,18 @@ class ContainerSite:
 
 
 def site_for(
-    job: Job, pinned: Mapping[str, Any] | None, state_bytes: int | None, cache: Path
+    job: Job,
+    pinned: Mapping[str, Any] | None,
+    state_bytes: int | None,
+    cache: Path,
+    *,
+    newest: bool = False,
 ) -> Site:
     """The site that the job asks for. UsageError if it cannot be had.
 
     `pinned` is the image that the run began with; `state_bytes` the size of its state, if known;
-    `cache` a folder where it is remembered what is in an image.
+    `cache` a folder where it is remembered what is in an image; `newest` asks the registry for what
+    the image's name stands for now.
     """
     if job.launcher != "docker":
         return ProcessSite(job)
@@ -92,7 +98,8 @@ def site_for(
     engine = Engine.connect()
     assert job.image is not None, "a job without an image is refused when it is read"
     mode = user_mode(engine, job)
-    found = look_into(engine, job, find_image(engine, job.image, pinned), mode, cache)
+    image = find_image(engine, job.image, pinned, newest=newest)
+    found = look_into(engine, job, image, mode, cache)
     user = container_user(engine, job, found, os.geteuid(), os.getegid())
     check_readable(job.workdir, user)
     return ContainerSite(job, engine, found, user)

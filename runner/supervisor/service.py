@@ -106,7 +106,8 @@ def supervise(
             check_entrypoint(job)
         pinned = None if known is None or wishes.update else known.get("image")
         state_bytes = _state_bytes(store, found.run_id)
-        site = site_for(job, pinned, state_bytes, index.home() / "images")
+        images = index.home() / "images"
+        site = site_for(job, pinned, state_bytes, images, newest=wishes.update)
         spool = _open_spool(found.run_id, store, site)
         ledger = Ledger(store, found.run_id, new_owner())
         try:

@@ -14,6 +14,7 @@
 | reset_download | n       | a reset after n bytes of the answer's body                           |
 | truncate       | n       | the connection is closed in order after n bytes of the body          |
 | stall          | n       | silence after n bytes of the body, until the proxy ends              |
+| trickle        | n       | after n bytes of the body, 64 KiB every 50 ms, until `hurry` is set  |
 | stall_upload   |         | the request's body is never read, nor answered, until the proxy ends |
 | corrupt        | n       | bit 0 of byte n of the answer's body is flipped                      |
 """
@@ -32,6 +33,7 @@ from types import TracebackType
 from typing import BinaryIO
 
 _PIECE = 64 * 1024
+_TRICKLE_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class FaultProxy:
         self._upstream_port = upstream_port
         self._rules: list[_Rule] = []
         self._lock = threading.Lock()
-        self._over = threading.Event()
+        self._over, self.hurry = threading.Event(), threading.Event()
         self._tls: ssl.SSLContext | None = None
         if tls is not None:
             self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -83,6 +85,7 @@ class FaultProxy:
         trace: TracebackType | None,
     ) -> None:
         self._over.set()
+        self.hurry.set()
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
@@ -199,6 +202,8 @@ class FaultProxy:
                 return False
             if fault.action == "corrupt":
                 piece = _flipped(piece, int(fault.arg) - at)
+            if fault.action == "trickle" and at > fault.arg:
+                self.hurry.wait(_TRICKLE_SECONDS)
             client.sendall(piece)
             at += len(piece)
         return True
