@@ -7,6 +7,7 @@ this machine's, since the spool is shared by mounting it.
 from __future__ import annotations
 
 import contextlib
+import grp
 import importlib
 import os
 from collections.abc import Iterator, Mapping
@@ -204,17 +205,32 @@ def _socket_of(address: str) -> Path:
             "engine must be this machine's (unix://...)"
         )
     socket = Path("/", path)
-    if not socket.exists():
+    try:
+        group = socket.stat().st_gid
+    except PermissionError:
+        group = None  # in a folder of somebody else's, as rootless engines have theirs
+    except OSError as error:
         raise UsageError(
             f"no container engine: there is no socket {socket}; install and start Docker or "
             "Podman, or name its socket in DOCKER_HOST"
-        )
-    if not os.access(socket, os.R_OK | os.W_OK):
+        ) from error
+    if group is None or not os.access(socket, os.R_OK | os.W_OK):
         raise UsageError(
-            f"no permission for the container engine's socket {socket}; run as a member of the "
-            "group that owns it (docker), or use a rootless engine"
+            f"no permission for the container engine's socket {socket}: {_way_in(group)}, or use a "
+            "rootless engine of your own (DOCKER_HOST)"
         )
     return socket
+
+
+def _way_in(group: int | None) -> str:
+    """How one comes to be allowed to use a socket of this group; None if its folder is closed."""
+    if not group:  # root's group is nobody's to join
+        return "run as the user whose it is"
+    try:
+        name = grp.getgrgid(group).gr_name
+    except KeyError:
+        name = str(group)
+    return f"become a member of the group {name} (usermod -aG {name} USER, then log in again)"
 
 
 def _explanation(error: Any) -> str:

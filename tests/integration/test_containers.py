@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import grp
 import io
 import json
+import os
+import shutil
+import socket
 import subprocess
+import sys
 import tarfile
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -96,6 +102,74 @@ def test_a_socket_that_nobody_answers_is_no_engine(node: Node) -> None:
     node.use(Docker(f"unix://{node.folder}/dead.sock"))
 
     assert "no container engine answers at unix://" in refused(node, _plain(node)).err
+
+
+NOBODY = "65534"
+# Somebody else who may read what is root's, such as this Python; that does not open sockets.
+AS_NOBODY = ("setpriv", "--reuid", NOBODY, "--regid", NOBODY, "--inh-caps=-all,+dac_read_search",
+             "--ambient-caps=+dac_read_search")  # fmt: skip
+
+
+@pytest.fixture
+def guarded() -> Iterator[Path]:
+    """A socket that is root's and a group's, as Docker's is; nobody listens."""
+    if os.geteuid() != 0 or shutil.which("setpriv") is None:
+        pytest.skip("to be somebody else needs root, and setpriv")
+    with (
+        tempfile.TemporaryDirectory(dir="/dev/shm") as folder,
+        socket.socket(socket.AF_UNIX) as bound,
+    ):
+        path = Path(folder, "docker.sock")
+        bound.bind(str(path))
+        os.chown(path, 0, grp.getgrnam("audio").gr_gid)  # of Debian's base
+        path.chmod(0o660)
+        path.parent.chmod(0o755)
+        yield path
+
+
+def as_nobody(socket: Path, *groups: str) -> str:
+    """What somebody else is told who is a member of these groups; exit 2, and nothing begins."""
+    with nodes_in(socket.parent) as new:
+        node = new("node")
+        node.use(Docker(f"unix://{socket}"))
+        job = _plain(node)
+        node.store_folder.mkdir(exist_ok=True)
+        for folder in (node.folder, node.store_folder, node.memory):
+            folder.chmod(0o777)
+        chosen = ["--groups", ",".join(groups)] if groups else ["--clear-groups"]
+        supervisor = node.start("run", job, before=[*AS_NOBODY, *chosen])
+        assert supervisor.wait() == 2, supervisor.err
+        assert "Traceback" not in supervisor.err
+        assert not (node.store_folder / "job").exists()
+        return supervisor.err
+
+
+def test_who_may_not_use_the_socket_is_told_which_group_may(guarded: Path) -> None:
+    err = as_nobody(guarded)
+
+    assert f"no permission for the container engine's socket {guarded}: " in err
+    assert "become a member of the group audio (usermod -aG audio USER" in err
+
+    gid = str(grp.getgrnam("audio").gr_gid)
+    assert f"no container engine answers at unix://{guarded}" in as_nobody(guarded, gid)
+
+
+def test_a_socket_in_a_folder_of_somebody_elses_is_one_without_permission(guarded: Path) -> None:
+    guarded.parent.chmod(0o700)
+
+    # Without the right to read what is root's, which would open the folder, too.
+    program = (
+        "import docker, os, sys; from runner.launch.engine import Engine\n"
+        "os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
+        "Engine.connect({'DOCKER_HOST': sys.argv[1]})"
+    )
+    done = subprocess.run([sys.executable, "-c", program, f"unix://{guarded}"],
+                          capture_output=True, text=True, check=False)  # fmt: skip
+
+    assert done.stderr.splitlines()[-1] == (
+        f"runner.errors.UsageError: no permission for the container engine's socket {guarded}: "
+        "run as the user whose it is, or use a rootless engine of your own (DOCKER_HOST)"
+    )
 
 
 def test_an_engine_of_another_machine_is_refused(node: Node) -> None:

@@ -33,6 +33,7 @@ from types import TracebackType
 from typing import BinaryIO
 
 _PIECE = 64 * 1024
+_TLS_BEGINS = b"\x16"
 _TRICKLE_SECONDS = 0.05
 
 
@@ -129,6 +130,8 @@ class FaultProxy:
             client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if self._tls is not None:
                 client = ends[0] = self._tls.wrap_socket(client, server_side=True)
+            elif client.recv(1, socket.MSG_PEEK) == _TLS_BEGINS:
+                return  # an engine tries https first; left waiting, it would do so for 10 s
             requests = client.makefile("rb")
             server: socket.socket | None = None
             answers: BinaryIO | None = None
