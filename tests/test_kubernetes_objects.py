@@ -335,6 +335,26 @@ def test_a_name_that_is_not_the_run_id_is_said() -> None:
     assert "the Job's name is my-run-" in warning
 
 
+def test_what_a_pod_is_not_given_is_said_once_each(node: Node) -> None:
+    own = {"store": "s3://bucket/runs", "image": "registry.example/rul:1"}
+    own["checkpoint"] = {"max_state": "1Gi"}  # type: ignore[assignment]
+    given = {"mounts": ["/data/a", {"source": "cache", "target": "/c"}], "network": "none"}
+    plain = node.job("python", "x.py", name="plain", **(own | {"metrics": {}}))
+    path = node.job("python", "x.py", name="asks", **(own | given | {"metrics": {}}))
+
+    submit = ("submit", path, "--launcher", "kubernetes", "--dry-run")
+    for command in (("render", path), submit):
+        said = node.call(*command)
+        assert said.code == 0, said.err
+        mounts, network = said.err.splitlines()
+        assert "mounts are left out (/data/a, cache): " in mounts
+        assert "kubernetes.claims" in mounts
+        assert "network: none is left out: " in network
+        assert "NetworkPolicy" in network
+        assert "/data/a" not in said.out
+    assert node.call("render", plain).err == ""
+
+
 def test_a_directory_on_a_claim_lasts() -> None:
     section = {"claims": {"disk": "/mnt/runs"}}
     assert objects.lasting_store(job_of(store="/mnt/runs/x", kubernetes=section))

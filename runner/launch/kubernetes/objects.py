@@ -190,6 +190,17 @@ def warnings(job: Job, run_id: str) -> list[str]:
         found.append(
             "metrics.port is off: the pod gets no probes, so a supervisor that hangs stays"
         )
+    if job.mounts:
+        sources = ", ".join(str(mount.source) for mount in job.mounts)
+        found.append(
+            f"mounts are left out ({sources}): a pod sees no folder of this machine. Have what is"
+            " in them in the image, or on a volume that kubernetes.claims mounts"
+        )
+    if "network" in job.model_fields_set:
+        found.append(
+            f"network: {job.network} is left out: a pod has the cluster's network, which a"
+            " NetworkPolicy restricts"
+        )
     return found
 
 
