@@ -21,7 +21,6 @@ from runner.errors import EngineError, EngineGone, UsageError
 DEFAULT_SOCKET = "unix:///var/run/docker.sock"
 _ANSWER_SECONDS = 10.0
 _START_SECONDS = 120.0  # GPUs and large images take their time
-_LONGEST_LOG_LINES = 10_000
 
 
 class Engine:
@@ -139,9 +138,8 @@ class Engine:
     def output(self, container: str, *, stdout: bool, stderr: bool) -> bytes:
         """What a container has printed past the pipes it was given."""
         with self._translated("read the container's log"):
-            return bytes(
-                self._client.logs(container, stdout=stdout, stderr=stderr, tail=_LONGEST_LOG_LINES)
-            )
+            # All of it, 1 MB at most: of the last lines, Podman 4.3 loses parts of a long one.
+            return bytes(self._client.logs(container, stdout=stdout, stderr=stderr))
 
     def remove(self, container: str) -> None:
         """Remove a container, whether it runs or not; nothing happens if it is gone."""

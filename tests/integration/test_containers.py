@@ -21,6 +21,8 @@ from servers.ceph import cache_folder
 from servers.engine import IMAGE, Docker, LocalEngine
 from waiting import wait_until
 
+from runner.launch.engine import Engine
+
 STEPS = 24
 
 
@@ -77,6 +79,32 @@ def test_the_doctor_looks_at_engine_and_image(node: Node, engine: Docker) -> Non
     assert found["engine"]["facts"].startswith("Docker ")
     assert "with Python 3.11" in found["image"]["facts"]
     assert "the user is 65532:65532" in found["image"]["facts"]
+
+
+def test_the_doctor_tells_podman_from_docker(node: Node, podman: Docker) -> None:
+    node.use(podman)
+
+    findings = node.call("doctor", _plain(node), "-o", "json").json["findings"]
+
+    found = {finding["check"]: finding for finding in findings}
+    assert found["engine"]["facts"].startswith("Podman ")
+    assert "with Python 3.11" in found["image"]["facts"]
+
+
+def test_long_lines_of_podmans_containers_are_read_whole(podman: Docker) -> None:
+    """As the probe's is. Asked for the last lines, Podman 4.3 left out what it had split."""
+    engine = Engine.connect({"DOCKER_HOST": podman.host})
+    request = {"Image": IMAGE, "Entrypoint": ["python3", "-c", "print('x' * 100_000)"], "Cmd": [],
+               "HostConfig": {"NetworkMode": "none", "LogConfig": {"Type": "json-file"}}}  # fmt: skip
+    container = engine.create("runner-test-long-lines", request)
+    engine.start(container)
+    assert engine.wait(container, 60) == 0
+
+    printed = engine.output(container, stdout=True, stderr=False)
+
+    engine.remove(container)
+    engine.close()
+    assert len(printed) == 100_001
 
 
 # ---------------------------------------------------------------- what cannot be

@@ -1,7 +1,8 @@
 """The same runs whatever the trainer runs in: a process of this machine, or a container.
 
 Real supervisors, signals and an engine; every case is run with both launchers, and ends with the
-same bits. Scripts are `trains.py` unless a test says otherwise.
+same bits. Some are run with Podman, too, where that is. Scripts are `trains.py` unless a test says
+otherwise.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from waiting import wait_until
 
 STEPS = 24
 TRAINS = str(PROGRAMS / "trains.py")
+ENGINES = {"docker": "engine", "podman": "podman"}
+"""The fixtures that are engines, by what they run as."""
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +38,12 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
 def node(request: pytest.FixtureRequest, new_node: Callable[[str], Node]) -> Node:
     """A machine whose trainers are processes, and one where they are containers."""
     node = new_node("node")
-    if request.param == "docker":
-        node.use(request.getfixturevalue("engine"))
+    if request.param != "process":
+        node.use(request.getfixturevalue(ENGINES[request.param]))
     return node
+
+
+with_podman = pytest.mark.parametrize("node", ["process", *ENGINES], indirect=True)
 
 
 def start(node: Node, job: str, until: str, **env: str) -> Started:
@@ -69,6 +75,7 @@ def finish(node: Node, job: str) -> str:
     return node.digest()
 
 
+@with_podman
 def test_whatever_asks_a_run_to_end_it_goes_on_exactly(node: Node, undisturbed: str) -> None:
     """SIGTERM, Ctrl-C and `runner stop`, one after the other, each in the middle of a step."""
     befalls = {"1": {"5": "wait"}, "2": {"9": "wait"}, "3": {"14": "wait"}}
@@ -134,6 +141,7 @@ def test_sigusr1_makes_a_checkpoint_and_training_goes_on(node: Node) -> None:
     )
 
 
+@with_podman
 def test_a_killed_or_crashed_trainer_goes_on_with_its_newest_snapshot(
     node: Node, undisturbed: str
 ) -> None:
@@ -160,6 +168,7 @@ def test_a_killed_or_crashed_trainer_goes_on_with_its_newest_snapshot(
     ]
 
 
+@with_podman
 def test_a_hung_trainer_behind_a_shell_shows_its_stacks_and_is_started_again(
     node: Node, undisturbed: str
 ) -> None:
@@ -191,6 +200,7 @@ def test_some_codes_end_it_at_once(node: Node, command: str, code: int) -> None:
     assert node.call("wait", "job").code == code
 
 
+@with_podman
 def test_signals_for_the_script_reach_it_and_nothing_else_does(node: Node) -> None:
     job = node.job("python", str(PROGRAMS / "counts_signals.py"), preemption={"grace": "400ms"})
     supervisor = start(node, job, "trainer ready")
@@ -210,6 +220,7 @@ def test_signals_for_the_script_reach_it_and_nothing_else_does(node: Node) -> No
     assert [record.outcome for record in node.records()] == ["preempted"]
 
 
+@with_podman
 def test_what_a_killed_supervisor_left_is_ended_and_continued(node: Node, undisturbed: str) -> None:
     params = {"befalls": {"1": {"7": "wait"}}, "workers": 2, "helpers": True}
     job = node.training(params=params)

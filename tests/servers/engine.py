@@ -30,7 +30,7 @@ from servers.ceph import cache_folder
 IMAGE = os.environ.get("RUNNER_TEST_IMAGE", "localbase:py311")
 START_SECONDS = 60.0
 _CLIENT = "/usr/bin/docker"  # of Debian: its builder needs no plugin
-_PATH = "ENV PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+PATH_CHANGE = "ENV PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class LocalEngine:
             self.start()
             if not self.docker.has(IMAGE):
                 self._make_base()
-                self.docker.run("import", "-c", _PATH, "-c", "ENV PYTHONUNBUFFERED=1",
+                self.docker.run("import", "-c", PATH_CHANGE, "-c", "ENV PYTHONUNBUFFERED=1",
                                 "-c", 'CMD ["python3"]', str(self.base), IMAGE)  # fmt: skip
         return self.docker
 

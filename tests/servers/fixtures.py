@@ -21,6 +21,8 @@ from servers.ceph import Ceph, Gateway, cache_folder, given
 from servers.engine import Docker, LocalEngine
 from servers.engine import given as given_engine
 from servers.faultproxy import FaultProxy
+from servers.podman import missing as missing_podman
+from servers.podman import serving as podman_serving
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,18 @@ def engine() -> Docker:
     if os.geteuid() != 0:
         pytest.skip("bringing up a Docker engine needs root; or set DOCKER_HOST")
     return LocalEngine(cache_folder()).up()
+
+
+@pytest.fixture(scope="session")
+def podman(engine: Docker, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Docker]:
+    """Podman's service with the base image, spoken to as if it were Docker's."""
+    base = LocalEngine(cache_folder()).base
+    if not base.exists():
+        pytest.skip("the base image is that of an engine that was brought up by somebody else")
+    if (problem := missing_podman()) is not None:
+        pytest.skip(problem)
+    with podman_serving(tmp_path_factory.mktemp("podman"), base) as docker:
+        yield docker
 
 
 @pytest.fixture
