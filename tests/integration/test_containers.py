@@ -94,8 +94,11 @@ def test_the_doctor_tells_podman_from_docker(node: Node, podman: Docker) -> None
 def test_long_lines_of_podmans_containers_are_read_whole(podman: Docker) -> None:
     """As the probe's is. Asked for the last lines, Podman 4.3 left out what it had split."""
     engine = Engine.connect({"DOCKER_HOST": podman.host})
-    request = {"Image": IMAGE, "Entrypoint": ["python3", "-c", "print('x' * 100_000)"], "Cmd": [],
-               "HostConfig": {"NetworkMode": "none", "LogConfig": {"Type": "json-file"}}}  # fmt: skip
+    request = {
+        "Image": IMAGE,
+        "Entrypoint": ["python3", "-c", "print('x' * 100_000)"],
+        "HostConfig": {"NetworkMode": "none", "LogConfig": {"Type": "json-file"}},
+    }
     container = engine.create("runner-test-long-lines", request)
     engine.start(container)
     assert engine.wait(container, 60) == 0
