@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import secrets
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 from counting import counted_requests
+from kills import Killed, killed_at
 from servers.faultproxy import Fault, FaultProxy
 from slots import RUN, snapshot, views
 
@@ -141,35 +140,6 @@ def test_a_part_that_the_network_spoils_is_fetched_again_alone(
     if sound:
         assert memory[: len(content)] == content
         assert count[0] == 2 + 3 + 1 + 1  # sizes, parts, the other file, and one part again
-
-
-class Killed(BaseException):
-    """The supervisor is gone: no request of it is sent any more."""
-
-
-@contextlib.contextmanager
-def killed_at(request: int, *, after: bool) -> Iterator[list[int]]:
-    """Dies at that request: before it is sent, or after it was done and nobody hears of it."""
-    from botocore.httpsession import URLLib3Session
-
-    count, send, lock = [0], URLLib3Session.send, threading.Lock()
-
-    def mortal(session: Any, prepared: Any) -> Any:
-        with lock:
-            count[0] += 1
-            number = count[0]
-        if number > request or (number == request and not after):
-            raise Killed
-        answer = send(session, prepared)
-        if number == request:
-            raise Killed
-        return answer
-
-    URLLib3Session.send = mortal
-    try:
-        yield count
-    finally:
-        URLLib3Session.send = send
 
 
 @pytest.mark.parametrize("after", [False, True])

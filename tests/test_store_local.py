@@ -2,13 +2,11 @@ from __future__ import annotations
 
 import contextlib
 import io
-import itertools
 import os
 import shutil
 import stat
 import subprocess
 import threading
-import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -17,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kills import fork, kill_everywhere, opening_with, wait_for
 from slots import RUN, Snapshot, checkpoint_folder, memory_folder, small_disk, snapshot, views
 
 from runner.checkpoint.archive import Archive
@@ -245,27 +244,6 @@ def race(gate: int, opener: int, store: DirectoryStore, round_: int) -> int:
     return 0 if store.create(f"run/{round_}", str(os.getpid()).encode()) else 1
 
 
-FAILED = 99
-
-
-def fork(work: Callable[[], int]) -> int:
-    """Run `work` in a child; its result is the exit code, FAILED for an exception."""
-    pid = os.fork()
-    if pid == 0:
-        code = FAILED
-        try:
-            code = work()
-        finally:
-            if code == FAILED:
-                traceback.print_exc()
-            os._exit(code)
-    return pid
-
-
-def wait_for(pid: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
 def test_whoever_reads_sees_the_old_or_the_new() -> None:
     with memory_folder() as folder:
         store = DirectoryStore(folder)
@@ -404,17 +382,63 @@ def test_a_sweep_takes_what_is_stale_and_leaves_the_living_alone(store: Director
     assert store.sweep("run/nothing", lambda name: True) == []
 
 
+@pytest.mark.parametrize("method", ["create", "replace"])
+def test_a_sweep_leaves_alone_what_is_being_written(
+    store: DirectoryStore, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """Another supervisor of the run may begin at any moment."""
+    store.create("run/checkpoints/c/state", b"")
+    call = "link" if method == "create" else "replace"
+    appear, swept = getattr(os, call), []
+
+    def sweep_first(*arguments: Any, **options: Any) -> None:
+        swept.extend(store.sweep("run/checkpoints", lambda name: True))
+        appear(*arguments, **options)
+
+    monkeypatch.setattr(os, call, sweep_first)
+
+    getattr(store, method)("run/attempts/a", b"content")
+
+    assert swept == []
+    assert store.read("run/attempts/a", 100) == b"content"
+
+
+def test_what_is_swept_before_its_writer_has_locked_it_is_begun_once_more(
+    store: DirectoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.create("run/checkpoints/c/state", b"")
+    swept: list[list[str]] = []
+
+    def sweep_at_once(path: Path) -> io.FileIO:
+        file = io.FileIO(str(path), "x")
+        if not swept:
+            swept.append(store.sweep("run/checkpoints", lambda name: True))
+        return file
+
+    opening = opening_with(sweep_at_once)
+    monkeypatch.setattr(Path, "open", opening)
+
+    assert store.create("run/attempts/a", b"content")
+
+    assert [len(names) for names in swept] == [1]
+    assert store.read("run/attempts/a", 100) == b"content"
+    assert tree(store.root / "run" / "attempts") == ["a"]
+
+
+def test_remains_of_objects_are_swept_wherever_they_lie(store: DirectoryStore) -> None:
+    run = store.root / "run"
+    names = [".tmp-latest.json-0123456789abcdef", "attempts/.tmp-000001.json-0123456789abcdef"]
+    for name in names:
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_bytes(b"{")
+
+    removed = store.sweep("run/checkpoints", lambda name: False)
+
+    assert sorted(removed) == sorted(name.rpartition("/")[2] for name in names)
+    assert tree(run) == ["attempts/"]
+
+
 # ---------------------------------------------------------------- durability
-
-
-def opening_with(new_file: Callable[[Path], io.FileIO]) -> Callable[..., Any]:
-    """A `Path.open` that opens new files otherwise."""
-    usual = Path.open
-
-    def open_(path: Path, mode: str = "r", *arguments: Any, **options: Any) -> Any:
-        return new_file(path) if "x" in mode else usual(path, mode, *arguments, **options)
-
-    return open_
 
 
 class Recorder:
@@ -497,62 +521,6 @@ def test_an_object_is_synced_before_it_appears_and_its_directory_after(
 
 
 # ---------------------------------------------------------------- a kill at any instant
-
-KILLED = 137
-
-
-class Killer:
-    """Ends this process in the middle of its n-th call that changes the disk."""
-
-    def __init__(self, at: int) -> None:
-        self._left = at
-        for name in ("rename", "replace", "link", "mkdir", "unlink", "rmdir"):
-            setattr(os, name, self._strike_before(getattr(os, name)))
-        os.fsync = self._strike_before(lambda descriptor: None)  # a kill, not a power cut
-        Path.open = opening_with(self._new_file)  # type: ignore[method-assign]
-
-    def _dies(self) -> bool:
-        self._left -= 1
-        return self._left == 0
-
-    def _strike_before(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        def struck(*arguments: Any, **options: Any) -> Any:
-            if self._dies():
-                os._exit(KILLED)
-            return call(*arguments, **options)
-
-        return struck
-
-    def _new_file(self, path: Path) -> io.FileIO:
-        killer = self
-
-        class File(io.FileIO):
-            def write(self, data: Any) -> int:
-                if killer._dies():
-                    super().write(data[: len(data) // 2])
-                    os._exit(KILLED)
-                return super().write(data)
-
-        if self._dies():
-            os._exit(KILLED)
-        return File(str(path), "x")
-
-
-def kill_everywhere(work: Callable[[], object], prepare: Callable[[], None]) -> Iterator[int]:
-    """Run `work` in a child that is killed at its first, second, … call; yields after each."""
-
-    def killed(at: int) -> int:
-        Killer(at)
-        work()
-        return 0
-
-    for at in itertools.count(1):
-        prepare()
-        code = wait_for(fork(partial(killed, at)))
-        assert code in (0, KILLED)
-        yield at
-        if code == 0:
-            return
 
 
 @pytest.mark.parametrize("method", ["create", "replace"])

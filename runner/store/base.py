@@ -109,7 +109,10 @@ class Store(Protocol):
         """
 
     def sweep(self, prefix: str, is_stale: Callable[[str], bool]) -> list[str]:
-        """Remove stagings below `prefix` that were begun under a stale name and never ended."""
+        """Remove stagings below `prefix` that were begun under a stale name and never ended.
+
+        And what is left elsewhere in the run of objects that a writer was killed at, if anything.
+        """
 
     def hurry(self, deadline: float | None) -> None:
         """From now on no call lasts beyond this moment (`CLOCK_MONOTONIC` seconds).

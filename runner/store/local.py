@@ -67,7 +67,8 @@ class DirectoryStore:
 
     def create(self, key: str, data: bytes) -> bool:
         path = self.path(key)
-        with self.errors(key), self._temporary(path, data) as temporary:
+        with self.errors(key), self._temporary(path) as (temporary, file):
+            _write_durably(file, [memoryview(data)])
             try:
                 os.link(temporary, path)
             except FileExistsError:
@@ -78,22 +79,22 @@ class DirectoryStore:
 
     def replace(self, key: str, data: bytes) -> None:
         path = self.path(key)
-        with self.errors(key), self._temporary(path, data) as temporary:
+        with self.errors(key), self._temporary(path) as (temporary, file):
+            _write_durably(file, [memoryview(data)])
             temporary.replace(path)
             _fsync_directory(path.parent)
             self._note(key)
 
     def put(self, key: str, content: Content) -> tuple[bytes, ...]:
         path = self.path(key)
-        temporary = path.with_name(f"{_TEMPORARY}{path.name}-{secrets.token_hex(8)}")
-        with self.errors(key), ThreadPoolExecutor(_HASHING_THREADS, "hash") as pool:
-            self._make_folder(path.parent)
-            try:
-                digests = _write_hashed(temporary, content, pool)
-                temporary.replace(path)
-                _fsync_directory(path.parent)
-            finally:
-                temporary.unlink(missing_ok=True)
+        with (
+            self.errors(key),
+            ThreadPoolExecutor(_HASHING_THREADS, "hash") as pool,
+            self._temporary(path) as (temporary, file),
+        ):
+            digests = _write_hashed(file, content, pool)
+            temporary.replace(path)
+            _fsync_directory(path.parent)
         return digests
 
     def children(self, prefix: str) -> list[str]:
@@ -136,6 +137,7 @@ class DirectoryStore:
                 if is_stale(name):
                     shutil.rmtree(path, ignore_errors=True)
                     removed.append(path.name)
+            removed += _sweep_objects(self.root / _first(prefix))
         return removed
 
     def hurry(self, deadline: float | None) -> None:
@@ -161,15 +163,21 @@ class DirectoryStore:
             raise StoreError(f"{self.url}/{key}: {error.strerror or error}") from error
 
     @contextlib.contextmanager
-    def _temporary(self, path: Path, data: bytes) -> Iterator[Path]:
-        """A durable file with this content beside `path`; gone afterwards."""
+    def _temporary(self, path: Path) -> Iterator[tuple[Path, io.FileIO]]:
+        """A new file beside `path`, gone afterwards. Its lock says that its writer lives."""
         self._make_folder(path.parent)
-        temporary = path.with_name(f"{_TEMPORARY}{path.name}-{secrets.token_hex(8)}")
-        try:
-            _write_durably(temporary, [memoryview(data)])
-            yield temporary
-        finally:
-            temporary.unlink(missing_ok=True)
+        while True:
+            temporary = path.with_name(f"{_TEMPORARY}{path.name}-{secrets.token_hex(8)}")
+            try:
+                with temporary.open("xb", buffering=0) as file:
+                    with contextlib.suppress(OSError):  # some file systems have no locks
+                        fcntl.flock(file, fcntl.LOCK_EX)
+                    if os.fstat(file.fileno()).st_nlink == 0:
+                        continue  # somebody has swept it before it was locked
+                    yield temporary, file
+                    return
+            finally:
+                temporary.unlink(missing_ok=True)
 
     def _note(self, key: str) -> None:
         """Something was found or written under this key: the folder of its run is there."""
@@ -230,8 +238,8 @@ class StagedDirectory:
             return [self._write(content, pool) for content in contents]
 
     def _write(self, content: Content, pool: ThreadPoolExecutor) -> tuple[bytes, ...]:
-        with self._errors(content.name):
-            return _write_hashed(self._path(content.name), content, pool)
+        with self._errors(content.name), self._new_file(content.name) as file:
+            return _write_hashed(file, content, pool)
 
     def copy(self, name: str, key: str, part_bytes: int, digests: Sequence[bytes]) -> None:
         """A hard link, so both files are the same bytes on the disk."""
@@ -239,8 +247,8 @@ class StagedDirectory:
             os.link(self._store.path(key), self._path(name))
 
     def commit(self, name: str, manifest: bytes) -> None:
-        with self._errors(name):
-            _write_durably(self._path(name), [memoryview(manifest)])
+        with self._errors(name), self._new_file(name) as file:
+            _write_durably(file, [memoryview(manifest)])
         try:
             _fsync_directory(self._staged)
             os.rename(self._staged, self._final)  # noqa: PTH104 - never over a full directory
@@ -255,6 +263,9 @@ class StagedDirectory:
     def abort(self) -> None:
         shutil.rmtree(self._staged, ignore_errors=True)
 
+    def _new_file(self, name: str) -> io.FileIO:
+        return self._path(name).open("xb", buffering=0)
+
     def _path(self, name: str) -> Path:
         if name in (".", "..") or "/" in name or "\0" in name:
             raise StoreError(f"{name!r} is no plain file name")
@@ -268,7 +279,21 @@ class StagedDirectory:
             raise StoreError(f"{self._final}/{name}: {error.strerror or error}") from error
 
 
-def _write_hashed(path: Path, content: Content, pool: ThreadPoolExecutor) -> tuple[bytes, ...]:
+def _sweep_objects(run: Path) -> list[str]:
+    """Remove the temporary files of single objects whose writers are dead: nobody locks them."""
+    removed = []
+    for path in run.rglob(f"{_TEMPORARY}*"):
+        with contextlib.suppress(OSError):
+            if path.is_dir():
+                continue
+            with path.open("r+b") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+                removed.append(path.name)
+    return removed
+
+
+def _write_hashed(file: io.FileIO, content: Content, pool: ThreadPoolExecutor) -> tuple[bytes, ...]:
     hashes: list[Callable[[], bytes]] = []
 
     def noted() -> Iterator[memoryview]:
@@ -276,7 +301,7 @@ def _write_hashed(path: Path, content: Content, pool: ThreadPoolExecutor) -> tup
             hashes.append(_digest_of(part, pool))
             yield part.memory
 
-    _write_durably(path, noted())
+    _write_durably(file, noted())
     return tuple(digest() for digest in hashes)
 
 
@@ -295,13 +320,12 @@ def _digest_of(part: Part, pool: ThreadPoolExecutor) -> Callable[[], bytes]:
         return digest
 
 
-def _write_durably(path: Path, parts: Iterable[memoryview]) -> None:
-    with path.open("xb", buffering=0) as file:
-        for part in parts:
-            done = _write_directly(file, part)
-            while done < len(part):
-                done += file.write(part[done:])
-        os.fsync(file.fileno())
+def _write_durably(file: io.FileIO, parts: Iterable[memoryview]) -> None:
+    for part in parts:
+        done = _write_directly(file, part)
+        while done < len(part):
+            done += file.write(part[done:])
+    os.fsync(file.fileno())
 
 
 def _write_directly(file: io.FileIO, part: memoryview) -> int:
