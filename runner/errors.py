@@ -5,7 +5,7 @@
     │   ├── JobError              the job file
     │   ├── ClusterError          a Kubernetes cluster refuses, or cannot be reached
     │   │   └── ClusterDenied     a permission is missing there
-    │   ├── NobodyAnswers         a server that is down, or an address that is wrong
+    │   ├── NobodyAnswers         a store that is down or read-only, or an address that is wrong
     │   └── UnknownName           a run, a checkpoint or a subset that does not exist
     ├── StoreError                the store refuses, is out of reach, or is full
     │   ├── NotFound              a key that is not there
@@ -57,7 +57,10 @@ class JobError(UsageError):
 
 
 class NobodyAnswers(UsageError):
-    """The store's server is not there: it is down, or its address is wrong. Who asks must know."""
+    """Nobody takes what is to be stored: a server that is down, a file system that is read-only.
+
+    It may pass, or be a mistake in the job: who asks must know.
+    """
 
 
 class UnknownName(UsageError):

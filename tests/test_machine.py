@@ -1619,6 +1619,20 @@ def test_a_store_that_is_out_of_reach_costs_no_failure_and_is_asked_less_and_les
     assert (state.failures, state.phase) == (0, Phase.STARTING)
 
 
+def test_a_store_that_goes_on_refusing_saves_is_spoken_of_once_a_minute_until_it_takes_one() -> (
+    None
+):
+    state, _ = play(TRAINED)
+    said = []
+    for second in [*range(10, 140), 141, 142]:
+        if second == 141:
+            state, _ = step(state, Saved(140.5, 15))
+        state, actions = step(state, SaveFailed(float(second), f"step-{second}: read-only"))
+        said += [second for action in actions if isinstance(action, Say)]
+
+    assert said == [10, 70, 130, 141]
+
+
 def test_there_is_an_example_of_every_event() -> None:
     assert {type(event) for event in EVENTS_OF_EACH_KIND} == set(Event.__subclasses__())
 

@@ -74,4 +74,5 @@ def saved(state: State, event: Saved) -> State:
         durable_step=max(state.durable_step, event.step) if counts else state.durable_step,
         emergency_seconds=emergency,
         leave_at=leave_at,
+        refusal_said_at=None,
     )

@@ -88,6 +88,7 @@ _RETRY_SECONDS = 0.5
 _LAST_SAVE_SECONDS = 300.0  # that a run which has failed for good tries to save its last state
 _SETTLE_SECONDS = 0.5  # for what a trainer writes of its own stacks
 _HINT_SECONDS = 60.0  # between two saves for mere hints
+_REFUSAL_SECONDS = 60.0  # between two lines on a store that goes on refusing
 _CAUSES = 10  # that are remembered, for the diagnosis
 
 Step = tuple[State, list[Action]]
@@ -287,9 +288,16 @@ def _on_drained(state: State) -> Step:
 
 
 def _on_save_failed(state: State, event: SaveFailed) -> Step:
-    """What was to be saved still waits in its slot; only at the end is it asked for once more."""
+    """What was to be saved still waits in its slot; only at the end is it asked for once more.
+
+    A store that goes on refusing, save after save, is spoken of from time to time only.
+    """
     if state.phase in (Phase.DRAINING, Phase.STOPPING):
         state = replace(state, persisting=False, retry_at=event.at + _RETRY_SECONDS)
+    said_at = state.refusal_said_at
+    if said_at is not None and event.at < said_at + _REFUSAL_SECONDS:
+        return state, []
+    state = replace(state, refusal_said_at=event.at)
     return state, [Say(f"a checkpoint could not be saved: {event.reason}", is_error=True)]
 
 

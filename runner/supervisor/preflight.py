@@ -14,6 +14,7 @@ import socket
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TypeVar
 from urllib.parse import urlsplit
 
@@ -50,12 +51,22 @@ def store_of(job: Job) -> Store:
     if is_s3(job.store):
         return open_store(job.store, s3_options(job))
     path = job.store_path.resolve()
-    there = next(folder for folder in (path, *path.parents) if folder.exists())
+    there = _nearest(path)
     if not there.is_dir():
         raise UsageError(f"the store cannot be written: {there} is not a directory")
-    if not os.access(there, os.W_OK | os.X_OK):
+    if not _is_read_only(path) and not os.access(there, os.W_OK | os.X_OK):
         raise UsageError(f"the store cannot be written: no permission for {there}")
     return open_store(str(path))
+
+
+def _nearest(path: Path) -> Path:
+    """It, or the folder above it that is there."""
+    return next(folder for folder in (path, *path.parents) if folder.exists())
+
+
+def _is_read_only(path: Path) -> bool:
+    """Whether its file system takes nothing from anybody: from the start, or after an error."""
+    return bool(os.statvfs(_nearest(path)).f_flag & os.ST_RDONLY)
 
 
 def s3_options(job: Job) -> S3Options:
@@ -97,10 +108,15 @@ def check_reachable(job: Job, store: Store) -> None:
 def check_writable(job: Job, store: Store) -> None:
     """Try what every run needs on a probe key, which is removed again. UsageError if it fails.
 
-    A directory has been looked at already. On S3: one HEAD, two PUTs of which only one may
-    succeed, two GETs, one DELETE.
+    A directory is only looked at: NobodyAnswers if its file system is read-only, which may pass.
+    On S3: one HEAD, two PUTs of which only one may succeed, two GETs, one DELETE.
     """
     if not is_s3(store.url):
+        if _is_read_only(Path(store.url)):
+            raise NobodyAnswers(
+                f"the store cannot be written: {store.url} is on a file system that is read-only; "
+                "mount it writable, or name another store"
+            )
         return
     options = s3_options(job)
     with refusals(store):

@@ -84,7 +84,8 @@ class State:
     `durable_step` the highest that ever was. After a notice with time to go on, `leave_at` is when
     the last save is asked for. `sick_since` is the step at which metrics ceased to be finite.
     `store_gone_since` is when a start first found the store out of reach, `refusals` how often it
-    has. `showing`: the stacks of a hung trainer are written down, and `kill_at` waits for them.
+    has; `refusal_said_at` is when it was last told that a save is refused, None if none is.
+    `showing`: the stacks of a hung trainer are written down, and `kill_at` waits for them.
     """
 
     policy: Policy = field(default_factory=Policy)
@@ -100,6 +101,7 @@ class State:
     starts: int = 0
     store_gone_since: float | None = None
     refusals: int = 0
+    refusal_said_at: float | None = None
     step: int = -1
     kept_step: int = -1
     durable_step: int = -1
