@@ -7,6 +7,8 @@
 |----------------|---------|----------------------------------------------------------------------|
 | status         | code    | answered at once with this status; the server never hears of it      |
 | latency        | seconds | forwarded after a while                                              |
+| hold           |         | forwarded when `release` is called                                   |
+| slow_upload    | bytes/s | its body is forwarded as slowly as that                              |
 | reset          |         | the connection is reset when the head has come                       |
 | reset_upload   | n       | n bytes of its body are forwarded, then both connections are reset   |
 | corrupt_upload | n       | bit 0 of byte n of its body is flipped on the way                    |
@@ -65,6 +67,7 @@ class FaultProxy:
         self._rules: list[_Rule] = []
         self._lock = threading.Lock()
         self._over, self.hurry = threading.Event(), threading.Event()
+        self._released = threading.Event()
         self._tls: ssl.SSLContext | None = None
         if tls is not None:
             self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -87,6 +90,7 @@ class FaultProxy:
     ) -> None:
         self._over.set()
         self.hurry.set()
+        self._released.set()
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
@@ -95,6 +99,10 @@ class FaultProxy:
         """Spoil `times` requests whose first line matches, when `after` others have passed."""
         with self._lock:
             self._rules.append(_Rule(re.compile(pattern), fault, times, after))
+
+    def release(self) -> None:
+        """What is held goes on, and nothing is held any more."""
+        self._released.set()
 
     def clear(self) -> None:
         with self._lock:
@@ -148,6 +156,8 @@ class FaultProxy:
                     return
                 if fault.action == "latency":
                     self._over.wait(fault.arg)
+                if fault.action == "hold":
+                    self._released.wait()
                 if server is None or answers is None:
                     server = socket.create_connection(("127.0.0.1", self._upstream_port))
                     server.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -187,6 +197,8 @@ class FaultProxy:
                 raise _ResetNow
             if fault.action == "corrupt_upload":
                 piece = _flipped(piece, int(fault.arg) - at)
+            if fault.action == "slow_upload":
+                self._over.wait(len(piece) / fault.arg)
             server.sendall(piece)
             at += len(piece)
 
