@@ -44,11 +44,13 @@ golden: $(READY)
 bench: $(READY) $(TRACKS)
 	$(BIN)/python -m tests.bench.bench
 
-# Runs that everything befalls, with real processes; N of them, drawn from SEED on.
+# Runs that everything befalls, with real processes; N of them, drawn from SEED on. S3=1: with the
+# store on a real S3 server (S3_ENDPOINT, or one of our own, which takes root).
 N    ?= 25
 SEED ?= 1
+S3   ?=
 chaos: $(READY)
-	$(BIN)/python -m tests.chaos --histories $(N) --seed $(SEED)
+	$(BIN)/python -m tests.chaos --histories $(N) --seed $(SEED) $(if $(S3),--s3)
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis runs outputs

@@ -29,11 +29,12 @@ class Bucket:
     name: str
     endpoint: str
     client: Any
+    prefix = "some/prefix"
 
     @property
     def url(self) -> str:
         """A prefix in it."""
-        return f"s3://{self.name}/some/prefix"
+        return f"s3://{self.name}/{self.prefix}"
 
     @property
     def keys(self) -> dict[str, Any]:

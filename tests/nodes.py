@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from buckets import Bucket
 from containers import in_container
 from servers.engine import Docker
 from waiting import wait_until
@@ -40,7 +41,7 @@ from runner.checkpoint.manifest import Manifest
 from runner.launch.namespace import inhabitants, number_of
 from runner.launch.process_tree import read_entry
 from runner.spool import Spool, spool_path
-from runner.store import DirectoryStore, open_store
+from runner.store import DirectoryStore, Store, open_store
 
 PROGRAMS = Path(__file__).parent / "child_programs"
 RUNNER = str(Path(sys.executable).with_name("runner"))
@@ -122,6 +123,8 @@ class Node:
     environment: dict[str, str] = field(default_factory=dict)
     keeps_spool: bool = False
     """Whether a test ends with a spool that is still of use."""
+    bucket: Bucket | None = None
+    """Where its store is instead of the folder; jobs have to say so, too."""
     docker: Docker | None = None
     """The engine in whose containers the trainers run; None: they are processes."""
 
@@ -234,8 +237,13 @@ class Node:
         assert isinstance(store, DirectoryStore)
         return store
 
+    @property
+    def opened(self) -> Store:
+        """The store, in whatever it is."""
+        return self.store if self.bucket is None else self.bucket.opened
+
     def archive(self, run_id: str = "job") -> Archive:
-        return Archive(self.store, run_id)
+        return Archive(self.opened, run_id)
 
     def manifests(self, run_id: str = "job") -> list[Manifest]:
         """All checkpoints, newest first."""
@@ -252,10 +260,10 @@ class Node:
         return self.store_folder / manifest.run_id / "checkpoints" / manifest.name
 
     def records(self, run_id: str = "job") -> list[AttemptRecord]:
-        return Ledger(self.store, run_id, "").records()
+        return Ledger(self.opened, run_id, "").records()
 
     def spool(self, run_id: str = "job") -> Spool:
-        return Spool(spool_path(run_id, self.store.url, str(self.memory)))
+        return Spool(spool_path(run_id, self.opened.url, str(self.memory)))
 
     def board(self, run_id: str = "job") -> Board:
         return Board(self.spool(run_id).rank.folder / "board")
@@ -316,14 +324,14 @@ class Node:
 
 
 @contextlib.contextmanager
-def nodes_in(folder: Path) -> Iterator[Callable[[str], Node]]:
+def nodes_in(folder: Path, bucket: Bucket | None = None) -> Iterator[Callable[[str], Node]]:
     """Makes nodes by name, which share a store; afterwards, nothing of them may be left."""
     nodes: list[Node] = []
 
     def new(name: str) -> Node:
         shared_memory = Path("/dev/shm")
         memory = tempfile.mkdtemp(dir=shared_memory if shared_memory.is_dir() else None)
-        nodes.append(Node(folder / name, Path(memory), folder / "store"))
+        nodes.append(Node(folder / name, Path(memory), folder / "store", bucket=bucket))
         return nodes[-1]
 
     try:

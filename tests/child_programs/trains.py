@@ -1,8 +1,8 @@
 """A small training script that says what it does: `importing`, `ready`, and `step N` in each body.
 
-Params: `epochs`, `workers`, `helpers` (start processes that never end), `gate` (a file), and what
-befalls an attempt: `{"2": {"5": "raise"}}` is for the second, in the body of step 5. `wait` is to
-wait for the gate there, `validate` to wait for it in the validation after that step, and `import`,
+Params: `epochs`, `workers`, `ballast` (megabytes of state that each step changes), `helpers` (start
+processes that never end), `gate` (a file), and what befalls an attempt: `{"2": {"5": "raise"}}` is
+for the second, in the body of step 5. `wait` is to wait for the gate there, `validate` to wait for it in the validation after that step, and `import`,
 at step 0, before anything is imported.
 """
 
@@ -22,7 +22,7 @@ from typing import Any
 
 import runner
 
-PARAMS = runner.params(epochs=2, workers=0, helpers=False, gate="", befalls={}, pace=0.0)
+PARAMS = runner.params(epochs=2, workers=0, helpers=False, gate="", befalls={}, pace=0.0, ballast=0)
 SAMPLES, BATCH = 48, 4
 
 
@@ -113,6 +113,8 @@ def main() -> None:
     model = torch.nn.Sequential(
         torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Dropout(0.2), torch.nn.Linear(8, 1)
     )
+    if PARAMS["ballast"]:
+        model.register_buffer("ballast", torch.zeros(PARAMS["ballast"] * 250_000))
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 10)
 
@@ -131,6 +133,8 @@ def main() -> None:
             befall(befalls.get(run.step + 1, ""), run)
             time.sleep(PARAMS["pace"])
             optimizer.step()
+            for buffer in model.buffers():
+                buffer.add_(1)
             scheduler.step()
             run.log(train_loss=loss)
         with run.phase("validation"), torch.no_grad():

@@ -91,14 +91,30 @@ class FaultProxy:
         self._over.set()
         self.hurry.set()
         self._released.set()
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
+        self._stop_listening()
 
     def add(self, pattern: str, fault: Fault, times: int = 1, after: int = 0) -> None:
         """Spoil `times` requests whose first line matches, when `after` others have passed."""
         with self._lock:
             self._rules.append(_Rule(re.compile(pattern), fault, times, after))
+
+    @contextlib.contextmanager
+    def away(self) -> Iterator[None]:
+        """Nobody listens; connections that are there are reset at their next request."""
+        address = self._listener.getsockname()
+        self._stop_listening()
+        self.add("", Fault("reset"), times=10**9)
+        try:
+            yield
+        finally:
+            self.clear()
+            self._listener = socket.create_server(address, backlog=64)
+            threading.Thread(target=self._accept, daemon=True).start()
+
+    def _stop_listening(self) -> None:
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
 
     def release(self) -> None:
         """What is held goes on, and nothing is held any more."""
@@ -125,9 +141,10 @@ class FaultProxy:
         return None
 
     def _accept(self) -> None:
+        listener = self._listener
         while True:
             try:
-                client, _ = self._listener.accept()
+                client, _ = listener.accept()
             except OSError:
                 return
             threading.Thread(target=self._serve, args=(client,), daemon=True).start()

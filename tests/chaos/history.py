@@ -1,38 +1,24 @@
-"""A hostile week in seconds: what befalls a run is drawn, and in the end nothing may be lost.
-
-    python -m tests.chaos [--histories N] [--seed S]
-
-Each history is a run with real processes on nodes that come and go. A seed that fails is printed;
-with `--histories 1 --seed S` it is drawn again. When it is time for what depends on the machine, so
-a history is a place to look, not a proof.
-"""
+"""One run, and all that befalls it: which events there are, and how it goes on after each."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import random
 import shutil
 import signal
 import subprocess
-import sys
-import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import pairwise
-from pathlib import Path
 from typing import IO
 
-sys.path.insert(0, str(Path(__file__).parent))
+from nodes import Node, Started
 
-from nodes import Node, Started, nodes_in
-
-from runner.checkpoint.attempts import AttemptRecord
 from runner.errors import RunnerError
 from runner.exitcodes import FINISHED, INTERRUPTED, PREEMPTED
+
+from .stores import ChaosStore
 
 EPOCHS = 5
 STEPS = 12 * EPOCHS
@@ -41,7 +27,6 @@ MOST_EVENTS = 6
 LONGEST_PAUSE_SECONDS = 3.0
 LONGEST_OUTAGE_SECONDS = 2.0
 HANG_SECONDS = 5
-DISK_BYTES = 64 << 20
 PATIENCE_SECONDS = 120.0
 
 
@@ -51,6 +36,7 @@ class History:
 
     seed: int
     new_node: Callable[[str], Node]
+    store: ChaosStore
     told: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -60,7 +46,10 @@ class History:
 
     def play(self) -> Node:
         """Let it all happen; the node on which the run came to its end."""
-        events = [self._random.choice(EVENTS) for _ in range(self._random.randint(2, MOST_EVENTS))]
+        weighted = EVENTS + [History._store_gone] * self.store.more_outages
+        events = [
+            self._random.choice(weighted) for _ in range(self._random.randint(2, MOST_EVENTS))
+        ]
         self._start()
         for event in events:
             self._wait()
@@ -68,6 +57,12 @@ class History:
                 break
             self.told.append(f"{event.__name__[1:]} at step {self._step()}")
             event(self)
+        self._finish()
+        return self._node
+
+    def undisturbed(self) -> Node:
+        """Nothing befalls it."""
+        self._start()
         self._finish()
         return self._node
 
@@ -118,10 +113,9 @@ class History:
             return
         manifests = self._node.manifests()
         if len(manifests) > 1:
-            path = self._node.checkpoint(manifests[0]) / "model.safetensors"
-            content = bytearray(path.read_bytes())
-            content[self._random.randrange(len(content))] ^= 1 << self._random.randrange(8)
-            path.write_bytes(content)
+            file = next(f for f in manifests[0].files if f.name == "model.safetensors")
+            bit = 1 << self._random.randrange(8)
+            self.store.damage(manifests[0], file.name, self._random.randrange(file.size), bit)
         self._start()
 
     def _trainer_frozen(self) -> None:
@@ -137,17 +131,10 @@ class History:
         self._current.send_signal(signal.SIGCONT)
 
     def _store_gone(self) -> None:
-        """Its file system is unmounted for a while; nothing may be written where it was."""
-        store = self._node.store_folder
-        if not store.exists() or not self._has_begun():
-            return
-        away = store.rename(store.with_name("unmounted"))
-        store.mkdir()
-        self._outage()
-        strays = list(store.rglob("*"))
-        assert not strays, f"written into a mount point with nothing mounted on it: {strays}"
-        shutil.rmtree(store)
-        away.rename(store)
+        """Out of reach for a while."""
+        if self.store.exists() and self._has_begun():
+            with self.store.away(self._random):
+                self._outage()
 
     def _has_begun(self) -> bool:
         """Wait until this supervisor has an attempt: one that finds an empty folder when it looks
@@ -182,7 +169,7 @@ class History:
 
     def _start(self) -> None:
         job = self._node.training(
-            params={"epochs": EPOCHS, "pace": PACE_SECONDS},
+            params={"epochs": EPOCHS, "pace": PACE_SECONDS, **self.store.params},
             checkpoint={
                 "every": {"steps": 7},
                 "snapshot_every": {"steps": 1},
@@ -194,6 +181,7 @@ class History:
                 "failures": 20,
                 "hang_timeout": f"{HANG_SECONDS}s",
             },
+            **self.store.keys,
         )
         self._supervisor = self._node.start("run", job, "--update")
 
@@ -261,90 +249,8 @@ EVENTS: list[Callable[[History], None]] = [
 ]
 
 
-# ---------------------------------------------------------------------------- what must be true
-
-
-def check(history: History, node: Node, undisturbed: str) -> None:
-    """AssertionError says what was lost, left behind, or does not add up."""
-    assert node.digest() == undisturbed, "it ended with other bits than an undisturbed run"
-    newest = node.newest()
-    assert (newest.moment.step, newest.moment.epoch) == (STEPS, EPOCHS)
-    run = node.store_folder / "job"
-    strays = list(run.rglob(".tmp-*"))
-    assert not strays, f"left in the store: {strays}"
-    _check_journal(node.records())
-
-
-def _check_journal(records: list[AttemptRecord]) -> None:
-    numbers = [record.attempt for record in records]
-    assert numbers == list(range(1, len(numbers) + 1)), f"attempts {numbers}"
-    assert records[-1].outcome == "succeeded", records[-1]
-    for record in records:
-        end = record.end_step
-        assert end is None or end >= record.start_step, record
-        assert record.start_step <= STEPS
-    for record, following in pairwise(records):
-        if record.outcome is not None:  # else its supervisor was killed, and could not write
-            reached = max(record.start_step, record.end_step or 0, record.saved_step or 0)
-            assert following.start_step <= reached, f"from nowhere: {following} after {record}"
-
-
 def _fill(file: IO[bytes]) -> None:
     """Write until there is no room."""
     with contextlib.suppress(OSError):
         while file.write(bytes(4096)):
             pass
-
-
-@contextlib.contextmanager
-def _folder() -> Iterator[Path]:
-    """A small file system of its own, where one may be mounted: only then can it be filled."""
-    with tempfile.TemporaryDirectory(prefix="runner-chaos-") as folder:
-        mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", folder]
-        is_mounted = os.geteuid() == 0 and not subprocess.run(mount, capture_output=True).returncode
-        try:
-            yield Path(folder)
-        finally:
-            if is_mounted:
-                subprocess.run(["umount", "--lazy", folder], check=True)
-
-
-def undisturbed_digest() -> str:
-    """What every history has to end with."""
-    with _folder() as folder, nodes_in(folder) as new_node:
-        history = History(0, new_node)
-        history._start()
-        history._finish()
-        return history._node.digest()
-
-
-def play(seed: int, undisturbed: str) -> list[str]:
-    """Draw and check one history; what befell it. Nothing of it may be left in the end."""
-    with _folder() as folder, nodes_in(folder) as new_node:
-        history = History(seed, new_node)
-        try:
-            check(history, history.play(), undisturbed)
-        except AssertionError as error:
-            raise AssertionError(f"seed {seed}: {'; '.join(history.told)}: {error}") from error
-        return history.told
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
-    parser.add_argument("--histories", type=int, default=25)
-    parser.add_argument("--seed", type=int, default=1, help="of the first history")
-    options = parser.parse_args()
-    undisturbed = undisturbed_digest()
-    kinds: Counter[str] = Counter()
-    for seed in range(options.seed, options.seed + options.histories):
-        told = play(seed, undisturbed)
-        kinds.update(event.split(" at ")[0] for event in told)
-        print(f"seed {seed}: {'; '.join(told) or 'nothing'}", flush=True)
-    print(f"{options.histories} histories, all with the bits of an undisturbed run:")
-    for kind, count in kinds.most_common():
-        print(f"  {count:4}  {kind}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
