@@ -2,8 +2,8 @@
 
 Params: `epochs`, `workers`, `ballast` (megabytes of state that each step changes), `helpers` (start
 processes that never end), `gate` (a file), and what befalls an attempt: `{"2": {"5": "raise"}}` is
-for the second, in the body of step 5. `wait` is to wait for the gate there, `validate` to wait for it in the validation after that step, and `import`,
-at step 0, before anything is imported.
+for the second, in the body of step 5. `wait` is to wait for the gate there, `validate` to wait for
+it in the validation after that step, and `import`, at step 0, before anything is imported.
 """
 
 from __future__ import annotations
