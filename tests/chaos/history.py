@@ -46,7 +46,9 @@ class History:
 
     def play(self) -> Node:
         """Let it all happen; the node on which the run came to its end."""
-        weighted = EVENTS + [History._store_gone] * self.store.more_outages
+        weighted = (
+            EVENTS + [History._store_gone, History._supervisor_killed] * self.store.more_outages
+        )
         events = [
             self._random.choice(weighted) for _ in range(self._random.randint(2, MOST_EVENTS))
         ]

@@ -26,7 +26,7 @@ class ChaosStore(Protocol):
     """What a job file says to have its store there."""
     params: dict[str, Any]
     more_outages: int
-    """How much likelier than other events they are."""
+    """How much likelier than other events they are, and kills that leave uploads behind."""
     bucket: Bucket | None
 
     def exists(self) -> bool:
@@ -80,7 +80,7 @@ class BucketStore:
 
     bucket: Bucket
     proxy: FaultProxy
-    more_outages: int = 6
+    more_outages: int = 4
 
     def __post_init__(self) -> None:
         s3 = {"endpoint": self.proxy.url, "region": "us-east-1"}
