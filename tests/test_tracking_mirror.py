@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -135,6 +136,52 @@ def test_a_sender_that_was_killed_before_it_noted_what_it_sent_sends_nothing_twi
     mirror_of(store, points, book).advance()
 
     assert book.steps("loss") == list(range(1, 12))
+
+
+def test_a_sender_that_is_killed_sends_nothing_twice_to_a_tracker_that_does_not_tell(
+    store: DirectoryStore, tmp_path: Path
+) -> None:
+    book, points = Book(tells=False), tmp_path / "points"
+    log_points(points, 1, range(1, 10))
+    mirror = mirror_of(store, points, book)
+    mirror.begin()
+    mirror._send_points()  # and no note of it in the store
+    log_points(points, 1, range(10, 12))
+    mirror_of(store, points, book).advance()
+
+    assert book.steps("loss") == list(range(1, 12))
+
+
+def test_what_is_lost_with_a_nodes_files_is_written_into_others(
+    store: DirectoryStore, tmp_path: Path
+) -> None:
+    lost, found, here, there = Book(), Book(tells=False), tmp_path / "here", tmp_path / "there"
+    log_points(here, 1, range(1, 10))
+    mirror_of(store, here, lost, mode="offline").end()
+    log_points(there, 1, range(1, 10))  # as they come back from the store
+    mirror_of(store, there, found, mode="offline").end()
+    log_points(there, 2, range(8, 15))
+    mirror_of(store, there, found, mode="offline").end()
+
+    assert found.known == ["the-id", "the-id"]
+    assert found.steps("loss") == list(range(1, 15))
+
+
+def test_a_last_word_that_takes_too_long_makes_nothing_be_sent_twice(
+    store: DirectoryStore, tmp_path: Path
+) -> None:
+    book, here, there = Book(tells=False), tmp_path / "here", tmp_path / "there"
+    log_points(here, 1, range(1, 10))
+    mirror = mirror_of(store, here, book)
+    mirror.advance()
+    log_points(here, 1, range(10, 12))
+    book.end = lambda outcome: sys.exit("killed")  # type: ignore[method-assign]
+    with pytest.raises(SystemExit):
+        mirror.end()
+    log_points(there, 2, range(11, 15))
+    mirror_of(store, there, book).advance()
+
+    assert book.steps("loss") == list(range(1, 15))
 
 
 @pytest.mark.parametrize("arrived", [0, 1, 700, 999])

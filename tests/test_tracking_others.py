@@ -1,15 +1,27 @@
-"""Trackers beside MLflow, each with its own library, without a server: two supervisors, one run."""
+"""Trackers beside MLflow, each with its own library, without a server: two supervisors, one run.
+
+What they have is read back from the files that they leave.
+"""
 
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+from nodes import Node
+from waiting import wait_until
+
+from runner.points import points_of
+
+Logged = tuple[int, str, float]
+"""The step, the metric's name, and its value."""
 
 # In a process of its own, as in earnest: these libraries start threads and leave hooks behind.
 PROGRAM = """
@@ -69,19 +81,39 @@ def test_wandb_offline_leaves_parts_of_one_run(tmp_path: Path) -> None:
 
 
 def steps_of_wandb(path: Path) -> list[int]:
-    """A header of 7 bytes, then records as LevelDB's logs have them: checksum, length, type."""
+    return sorted({step for step, _, _ in points_of_wandb(path)})
+
+
+def points_of_wandb(path: Path) -> Iterator[Logged]:
     from wandb.proto.wandb_internal_pb2 import Record
 
-    data, at, steps = path.read_bytes(), 7, []
-    while at < len(data):
-        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
-        assert kind == 1, "it fits into one block"
+    for document in leveldb_records(path.read_bytes()):
         record = Record()
-        record.ParseFromString(data[at + 7 : at + 7 + length])
+        record.ParseFromString(document)
         if record.WhichOneof("record_type") == "history":
-            steps.append(record.history.step.num)
+            for item in record.history.item:
+                name = item.key or item.nested_key[0]
+                if not name.startswith("_"):
+                    yield record.history.step.num, name, json.loads(item.value_json)
+
+
+def leveldb_records(data: bytes) -> Iterator[bytes]:
+    """A header of 7 bytes, then records in blocks, as LevelDB's logs have them.
+
+    Each piece of one has a checksum, a length and a kind: whole, or its begin, middle or end.
+    Source: https://github.com/google/leveldb/blob/main/doc/log_format.md
+    """
+    at, pieces = 7, b""
+    while at < len(data):
+        if (left := -at % 32768) and left < 7:  # no room for another one in this block
+            at += left
+            continue
+        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        pieces += data[at + 7 : at + 7 + length]
         at += 7 + length
-    return steps
+        if kind in (1, 4):
+            yield pieces
+            pieces = b""
 
 
 def test_clearml_offline_leaves_a_session_for_each_supervisor(tmp_path: Path) -> None:
@@ -94,5 +126,65 @@ def test_clearml_offline_leaves_a_session_for_each_supervisor(tmp_path: Path) ->
 
 
 def iterations_of_clearml(path: Path) -> list[int]:
+    return [step for step, _, _ in points_of_clearml(path)]
+
+
+def points_of_clearml(path: Path) -> Iterator[Logged]:
     events = [event for line in path.read_text().splitlines() for event in json.loads(line)]
-    return [event["iter"] for event in events if event.get("metric") == "loss"]
+    for event in events:
+        if not event.get("metric", ":").startswith(":"):
+            yield event["iter"], event["metric"], event["value"]
+
+
+# ---------------------------------------------------------------- whole runs
+
+FILES = {
+    "wandb": ("wandb/offline-run-*/*.wandb", points_of_wandb),
+    "clearml": ("offline/*/metrics.jsonl", points_of_clearml),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_run_that_was_preempted_once_is_shown_whole_and_nothing_twice(
+    name: str, node: Node
+) -> None:
+    if find_spec(name) is None:
+        pytest.skip(f"needs runner[{name}]")
+    job = preempted_at_10(node, name)
+    done = node.run("run", job)
+    assert done.code == 0, done.err
+    assert "ready at 10 in attempt 2" in done.out
+
+    pattern, points_in = FILES[name]
+    parts = sorted((node.store_folder / "job/outputs" / name).glob(pattern))
+    shown = [point for part in parts for point in points_in(part)]
+
+    assert len(parts) == 2, "one of each supervisor"
+    assert sorted(shown) == logged(node)
+    state = json.loads((node.store_folder / "job/tracking" / f"{name}.json").read_text())
+    assert any(state["id"] in str(part.relative_to(node.store_folder)) for part in parts)
+    for manifest in node.manifests():
+        assert manifest.provenance["tracker"] == {name: state["id"]}
+
+
+def preempted_at_10(node: Node, name: str) -> str:
+    """A job whose first supervisor has left in the middle of step 10, at a request to."""
+    befalls = {"1": {"10": "wait"}}
+    job = node.training(params={"befalls": befalls}, tracking={name: {"mode": "offline"}})
+    supervisor = node.start("run", job)
+    supervisor.wait_for("step 10")
+    known = node.store_folder / "job/tracking" / f"{name}.json"
+    wait_until(known.exists, what="the tracker's run")
+    supervisor.send_signal(signal.SIGTERM)
+    node.wait_until_asked()
+    node.gate.touch()
+    assert supervisor.wait() == 75, supervisor.err
+    return job
+
+
+def logged(node: Node) -> list[Logged]:
+    """What the script has logged, as the run's own record has it: two values at an epoch's end."""
+    stretches = sorted((node.store_folder / "job/metrics").glob("*.jsonl"))
+    points = [point for path in stretches for point in points_of(path.read_bytes())]
+    assert sorted({point.step for point in points}) == list(range(1, 25))
+    return sorted((p.step, name, value) for p in points for name, value in p.values.items())

@@ -128,6 +128,10 @@ class Clerk(threading.Thread):
         self.join(timeout_seconds)
         return not self.is_alive()
 
+    def store_outputs(self) -> None:
+        """Store what has changed of the run's own files since, after `finish` has succeeded."""
+        self._store_outputs()
+
     # ------------------------------------------------------------------ the thread
 
     def run(self) -> None:

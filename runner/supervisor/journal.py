@@ -78,7 +78,10 @@ class Journal:
         self.log.start()
 
     def start_trackers(self) -> None:
-        """Processes that are told what is new, one for each tracker."""
+        """Processes that are told what is new, one for each tracker: once, however often called.
+
+        Not before the run's own files were brought back, where some of them keep theirs.
+        """
         self._trackers.start()
 
     def begin(self, attempt: int) -> None:
@@ -112,17 +115,25 @@ class Journal:
     ) -> None:
         """Write down what is left, and bring it into the store if `ship`; then end.
 
-        `saves` became durable while the loop was over already. A node that is taken away waits for
-        its trackers a moment only, and one that was `fenced` off not at all: the next one sends
-        the rest.
+        `saves` became durable while the loop was over already. A node that is taken away waits a
+        moment only for a tracker that fails, and for one that is slow a third of what it has left;
+        one that was `fenced` off waits for none: the next one sends the rest.
         """
         self._points.finish()
         for record in saves:
             self._saves.note(record)
         self._saves.finish()
-        longest = _HURRIED_SECONDS if hurried else 4 * _TRACKERS_SECONDS
-        longest = 0.0 if fenced else longest
-        self._trackers.leave(min(_TRACKERS_SECONDS, longest), longest)
+        if not hurried and not fenced:
+            self._trackers.start()  # no attempt has come so far, and how the run ended is told
+        self._leave_trackers(seconds_left, hurried=hurried, fenced=fenced)
         seconds = min(_SHIPPING_SECONDS, seconds_left / 2)
         self.log.finish(seconds, ship=ship and not fenced)
         self._trackers.close()
+
+    def _leave_trackers(self, seconds_left: float, *, hurried: bool, fenced: bool) -> None:
+        if fenced:
+            self._trackers.leave(0.0, 0.0)
+        elif hurried:
+            self._trackers.leave(_HURRIED_SECONDS, max(_HURRIED_SECONDS, seconds_left / 3))
+        else:
+            self._trackers.leave(_TRACKERS_SECONDS, 4 * _TRACKERS_SECONDS)

@@ -169,7 +169,6 @@ class Supervisor:
         self._clerk.start()
         if self._validator is not None:
             self._validator.start()
-        self._journal.start_trackers()
         try:
             self._clouds.start()
             self._perform(self._actions)
@@ -191,6 +190,8 @@ class Supervisor:
                 fenced=fenced,
                 ship=saved,
             )
+            if saved:
+                self._clerk.store_outputs()  # trackers write their last words into some
             self._leave_clouds(saved)
             self._monitor.close(self._seconds_left())
             self._leave(saved)
@@ -322,6 +323,7 @@ class Supervisor:
             self._journal.begin(event.attempt)
         if isinstance(event, events.RestoreReady) and before.phase is machine.Phase.RESTORING:
             self._begin_at = None  # it has begun there, so what comes after that is newer
+            self._journal.start_trackers()
         if isinstance(event, events.Interrupt) and self._clerk.board is not None:
             # What a second one costs is said at once, so it must be known where the trainer is.
             board = self._clerk.board

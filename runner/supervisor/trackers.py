@@ -91,6 +91,7 @@ class Trackers:
     def __init__(self, errands: Sequence[Errand]) -> None:
         self._errands = errands
         self._senders: list[_Sender] = []
+        self._has_started = False
 
     @property
     def provenance(self) -> Mapping[str, Any]:
@@ -99,7 +100,10 @@ class Trackers:
         return {"tracker": ids} if ids else {}
 
     def start(self) -> None:
-        for errand in self._errands:
+        """Start their processes, unless that was done."""
+        errands = () if self._has_started else self._errands
+        self._has_started = True
+        for errand in errands:
             try:
                 self._senders.append(_Sender(errand))
             except OSError as error:

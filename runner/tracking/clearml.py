@@ -28,7 +28,11 @@ class ClearMLTracker:
             # Where sessions are kept is read when the library is loaded.
             os.environ["CLEARML_CACHE_DIR"] = str(about.folder)
         from clearml import Task
+        from clearml.config import ConfigWrapper
 
+        # A process of its own for reports is for what has something else to do: it takes seconds
+        # to be told anything, and ten to end.
+        ConfigWrapper.set_overrides({"sdk": {"development": {"report_use_subprocess": False}}})
         if offline:
             Task.set_offline(offline_mode=True)
         continued = None if offline else known

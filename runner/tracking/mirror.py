@@ -7,6 +7,7 @@ after a crash is not sent again: trackers cannot take back what they have shown.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 import tempfile
@@ -30,7 +31,7 @@ from runner.logs.reading import LogReader, Source
 from runner.points import points_of
 from runner.store import Store
 from runner.tracking.base import About, Reading, Shown, Tracker, flat
-from runner.tracking.state import TrackingState, read_state, write_state
+from runner.tracking.state import TrackingState, read_note, read_state, write_note, write_state
 
 _BATCH = 500
 _NOTE_SECONDS = 30.0
@@ -58,6 +59,11 @@ class Settings:
     own: Mapping[str, Any]
     folder: Path
     workdir: Path
+
+    @property
+    def is_offline(self) -> bool:
+        """Whether the tracker is files in the folder, and what it has is what they have."""
+        return self.own.get("mode") == "offline"
 
 
 def about_run(record: Record, settings: Settings) -> About:
@@ -127,7 +133,14 @@ class Mirror:
         state = known if found == known.id else TrackingState(found)
         if state != known:
             write_state(record.store, record.run_id, self._name, state)
-        self._state, self._sent = state, dict(state.sent)
+        self._state, self._sent = state, self._sent_until_now(state)
+
+    def _sent_until_now(self, state: TrackingState) -> dict[str, int]:
+        """Files may have been lost with a node, and with them what they had been sent."""
+        note = read_note(self._settings.folder, self._name, str(state.id))
+        before = {} if self._settings.is_offline else state.sent
+        names = [*before, *(name for name in note if name not in before)]
+        return {name: max(before.get(name, -1), note.get(name, -1)) for name in names}
 
     def advance(self, *, everything: bool = True) -> None:
         """Send all that is new; without `everything`, only points, for which no store is asked."""
@@ -143,9 +156,9 @@ class Mirror:
     def end(self) -> None:
         """Send what is left, and say how the run ended, if it has."""
         self.advance()
+        self._save()  # before the last word, which may take longer than there is time for
         latest = Ledger(self._record.store, self._record.run_id, "").latest()
         self._tracker.end(None if latest is None else latest.outcome)
-        self._save()
 
     # ------------------------------------------------------------------ points
 
@@ -178,6 +191,8 @@ class Mirror:
             self._is_sure = True
             for reading in fresh:
                 self._sent[reading.name] = reading.step
+            if fresh:
+                self._note()
             for _ in batch:
                 self._pending.popleft()
 
@@ -252,6 +267,12 @@ class Mirror:
                 self.refused.append(f"{manifest.name} is not uploaded: {error}")
                 return
             self._tracker.show(replace(shown, files=Path(folder)))
+
+    def _note(self) -> None:
+        """On this node only: for a store, a note of each batch would be too much."""
+        assert self._state is not None
+        with contextlib.suppress(OSError):  # a full disk costs no more than the note
+            write_note(self._settings.folder, self._name, str(self._state.id), self._sent)
 
     def _save(self) -> None:
         assert self._state is not None
