@@ -9,19 +9,16 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 from nodes import Node
+from offline_files import Logged, points_of_clearml, points_of_wandb
 from waiting import wait_until
 
 from runner.points import points_of
-
-Logged = tuple[int, str, float]
-"""The step, the metric's name, and its value."""
 
 # In a process of its own, as in earnest: these libraries start threads and leave hooks behind.
 PROGRAM = """
@@ -84,38 +81,6 @@ def steps_of_wandb(path: Path) -> list[int]:
     return sorted({step for step, _, _ in points_of_wandb(path)})
 
 
-def points_of_wandb(path: Path) -> Iterator[Logged]:
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    for document in leveldb_records(path.read_bytes()):
-        record = Record()
-        record.ParseFromString(document)
-        if record.WhichOneof("record_type") == "history":
-            for item in record.history.item:
-                name = item.key or item.nested_key[0]
-                if not name.startswith("_"):
-                    yield record.history.step.num, name, json.loads(item.value_json)
-
-
-def leveldb_records(data: bytes) -> Iterator[bytes]:
-    """A header of 7 bytes, then records in blocks, as LevelDB's logs have them.
-
-    Each piece of one has a checksum, a length and a kind: whole, or its begin, middle or end.
-    Source: https://github.com/google/leveldb/blob/main/doc/log_format.md
-    """
-    at, pieces = 7, b""
-    while at < len(data):
-        if (left := -at % 32768) and left < 7:  # no room for another one in this block
-            at += left
-            continue
-        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
-        pieces += data[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):
-            yield pieces
-            pieces = b""
-
-
 def test_clearml_offline_leaves_a_session_for_each_supervisor(tmp_path: Path) -> None:
     first, second = two_attempts("clearml", tmp_path, mode="offline")
     reported = sorted(map(iterations_of_clearml, tmp_path.glob("offline/*/metrics.jsonl")))
@@ -127,13 +92,6 @@ def test_clearml_offline_leaves_a_session_for_each_supervisor(tmp_path: Path) ->
 
 def iterations_of_clearml(path: Path) -> list[int]:
     return [step for step, _, _ in points_of_clearml(path)]
-
-
-def points_of_clearml(path: Path) -> Iterator[Logged]:
-    events = [event for line in path.read_text().splitlines() for event in json.loads(line)]
-    for event in events:
-        if not event.get("metric", ":").startswith(":"):
-            yield event["iter"], event["metric"], event["value"]
 
 
 # ---------------------------------------------------------------- whole runs
