@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 
 from runner.checkpoint.attempts import Ledger, utc_now
+from runner.checkpoint.logs import StoredLogs
 from runner.checkpoint.manifest import Moment
 from runner.checkpoint.persist import Persister
 from runner.checkpoint.retention import Keep
 from runner.errors import TrackerError, TrackerRefused
+from runner.logs.files import LocalLogs
 from runner.points import Point
 from runner.store import DirectoryStore
 from runner.tracking.base import About, Reading, Shown
@@ -150,6 +152,21 @@ def test_a_sender_that_is_killed_sends_nothing_twice_to_a_tracker_that_does_not_
     mirror_of(store, points, book).advance()
 
     assert book.steps("loss") == list(range(1, 12))
+
+
+def test_what_a_lost_node_had_not_sent_is_known_from_the_store(
+    store: DirectoryStore, tmp_path: Path
+) -> None:
+    book, here, there = Book(tells=False), tmp_path / "here", tmp_path / "there"
+    log_points(here, 1, range(1, 6))
+    mirror_of(store, here, book).end()
+    log_points(here, 1, range(6, 10))
+    stored = StoredLogs(store, RUN, "metrics", ".jsonl")
+    assert stored.ship(LocalLogs(here, ".jsonl"), 1 << 20, 1, lambda: True)
+    log_points(there, 2, range(8, 15))
+    mirror_of(store, there, book).end()
+
+    assert book.steps("loss") == list(range(1, 15))
 
 
 def test_what_is_lost_with_a_nodes_files_is_written_into_others(
