@@ -428,14 +428,15 @@ def test_what_is_swept_before_its_writer_has_locked_it_is_begun_once_more(
 def test_remains_of_objects_are_swept_wherever_they_lie(store: DirectoryStore) -> None:
     run = store.root / "run"
     names = [".tmp-latest.json-0123456789abcdef", "attempts/.tmp-000001.json-0123456789abcdef"]
-    for name in names:
+    own = ["outputs/.tmp-notes", "outputs/.tmp-", "outputs/.tmp-x-0123"]  # of the script
+    for name in [*names, *own]:
         (run / name).parent.mkdir(parents=True, exist_ok=True)
         (run / name).write_bytes(b"{")
 
     removed = store.sweep("run/checkpoints", lambda name: False)
 
     assert sorted(removed) == sorted(name.rpartition("/")[2] for name in names)
-    assert tree(run) == ["attempts/"]
+    assert tree(run) == sorted(["attempts/", "outputs/", *own])
 
 
 # ---------------------------------------------------------------- durability

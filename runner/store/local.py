@@ -15,6 +15,7 @@ import errno
 import fcntl
 import io
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -28,6 +29,7 @@ from runner.errors import NotFound, StoreError
 from runner.store.base import Content, Part, Stored
 
 _TEMPORARY = ".tmp-"
+_OBJECT_BEING_WRITTEN = re.compile(r"\.tmp-.+-[0-9a-f]{16}")
 _HASHING_THREADS = 2
 _BLOCK_BYTES = 4096
 _LEAST_DIRECT_BYTES = 1 << 20
@@ -280,11 +282,14 @@ class StagedDirectory:
 
 
 def _sweep_objects(run: Path) -> list[str]:
-    """Remove the temporary files of single objects whose writers are dead: nobody locks them."""
+    """Remove the temporary files of single objects whose writers are dead: nobody locks them.
+
+    By the names that only we give: a script may have hidden files of its own among its outputs.
+    """
     removed = []
     for path in run.rglob(f"{_TEMPORARY}*"):
         with contextlib.suppress(OSError):
-            if path.is_dir():
+            if path.is_dir() or not _OBJECT_BEING_WRITTEN.fullmatch(path.name):
                 continue
             with path.open("r+b") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
