@@ -323,6 +323,13 @@ class Node:
         return [*containers, *left]
 
 
+def start(node: Node, job: str, until: str, **env: str) -> Started:
+    """Start a supervisor, and wait until the script has printed a line."""
+    supervisor = node.start("run", job, env=env)
+    supervisor.wait_for(until)
+    return supervisor
+
+
 @contextlib.contextmanager
 def nodes_in(folder: Path, bucket: Bucket | None = None) -> Iterator[Callable[[str], Node]]:
     """Makes nodes by name, which share a store; afterwards, nothing of them may be left."""

@@ -15,23 +15,13 @@ from pathlib import Path
 
 import pytest
 from limits import MB, eater, limited_group, run_in
-from nodes import PROGRAMS, Node, Started, has_noticed, is_running, nodes_in
+from nodes import PROGRAMS, Node, Started, has_noticed, is_running, start
 from waiting import wait_until
 
 STEPS = 24
 TRAINS = str(PROGRAMS / "trains.py")
 ENGINES = {"docker": "engine", "podman": "podman"}
 """The fixtures that are engines, by what they run as."""
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The digest of the run that nothing disturbs, in a process."""
-    with nodes_in(tmp_path_factory.mktemp("undisturbed")) as new:
-        node = new("node")
-        done = node.run("run", node.training())
-        assert done.code == 0, done.err
-        return node.digest()
 
 
 @pytest.fixture(params=["process", "docker"])
@@ -44,13 +34,6 @@ def node(request: pytest.FixtureRequest, new_node: Callable[[str], Node]) -> Nod
 
 
 with_podman = pytest.mark.parametrize("node", ["process", *ENGINES], indirect=True)
-
-
-def start(node: Node, job: str, until: str, **env: str) -> Started:
-    """Start a supervisor, and wait until the script has printed a line."""
-    supervisor = node.start("run", job, env=env)
-    supervisor.wait_for(until)
-    return supervisor
 
 
 def ask(node: Node, supervisor: Started, signum: int) -> None:

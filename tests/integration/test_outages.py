@@ -15,26 +15,10 @@ from pathlib import Path
 from typing import IO
 
 import pytest
-from nodes import Node, Started, is_running, nodes_in
+from nodes import Node, is_running, start
 from waiting import wait_until
 
 STEPS = 24
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The digest of the run that nothing disturbs."""
-    with nodes_in(tmp_path_factory.mktemp("undisturbed")) as new:
-        node = new("node")
-        done = node.run("run", node.training())
-        assert done.code == 0, done.err
-        return node.digest()
-
-
-def start(node: Node, job: str, until: str) -> Started:
-    supervisor = node.start("run", job)
-    supervisor.wait_for(until)
-    return supervisor
 
 
 # ---------------------------------------------------------------- the store

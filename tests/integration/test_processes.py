@@ -21,7 +21,7 @@ from typing import IO
 import psutil
 import pytest
 from limits import LIMIT, MB, eater, limited_group, run_in
-from nodes import PROGRAMS, RUNNER, Node, Started, has_noticed, is_running, nodes_in
+from nodes import PROGRAMS, RUNNER, Node, Started, has_noticed, is_running, start
 from waiting import wait_until
 
 from runner.launch.process_tree import read_table
@@ -29,22 +29,6 @@ from runner.launch.process_tree import read_table
 STEPS = 24
 TRAINS = str(PROGRAMS / "trains.py")
 HEARS = str(PROGRAMS / "hears_signals.py")
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The digest of the run that nothing disturbs."""
-    with nodes_in(tmp_path_factory.mktemp("undisturbed")) as new:
-        node = new("node")
-        done = node.run("run", node.training())
-        assert done.code == 0, done.err
-        return node.digest()
-
-
-def start(node: Node, job: str, until: str) -> Started:
-    supervisor = node.start("run", job)
-    supervisor.wait_for(until)
-    return supervisor
 
 
 def finish(node: Node, job: str) -> str:

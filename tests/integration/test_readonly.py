@@ -11,21 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from nodes import Node, Started, nodes_in
+from nodes import Node, start
 from slots import small_disk
 from waiting import wait_until
 
 REFUSED = "runner: a checkpoint could not be saved"
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The digest of the run that nothing disturbs."""
-    with nodes_in(tmp_path_factory.mktemp("undisturbed")) as new:
-        node = new("node")
-        done = node.run("run", node.training())
-        assert done.code == 0, done.err
-        return node.digest()
 
 
 @pytest.fixture
@@ -43,12 +33,6 @@ def turn(folder: Path, how: str) -> None:
         return subprocess.run(command, capture_output=True).returncode == 0
 
     wait_until(turned, what=f"the store to be {how}")
-
-
-def start(node: Node, job: str, until: str) -> Started:
-    supervisor = node.start("run", job)
-    supervisor.wait_for(until)
-    return supervisor
 
 
 def test_a_store_that_is_read_only_for_a_while_costs_nothing(

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from buckets import Bucket, new_bucket
-from nodes import Node, nodes_in
+from nodes import Node
 from servers.ceph import Gateway
 from servers.faultproxy import Fault, FaultProxy
 from waiting import wait_until
@@ -26,16 +26,6 @@ pytestmark = pytest.mark.ceph
 ALWAYS = 10**6
 SAVING = "PUT .*/checkpoints/"
 STEPS = 24
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The digest of the run that nothing disturbs."""
-    with nodes_in(tmp_path_factory.mktemp("undisturbed")) as new:
-        node = new("node")
-        done = node.run("run", node.training())
-        assert done.code == 0, done.err
-        return node.digest()
 
 
 @dataclass

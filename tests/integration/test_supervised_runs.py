@@ -13,30 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from nodes import PROGRAMS, Node, Started, is_running, nodes_in
+from nodes import PROGRAMS, Node, Started, is_running, start
 from waiting import wait_until
 
 from runner.checkpoint.manifest import Manifest
 
 STEPS = 24
 TRAINS = str(PROGRAMS / "trains.py")
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The digest of the run that nothing disturbs."""
-    with nodes_in(tmp_path_factory.mktemp("undisturbed")) as new:
-        node = new("node")
-        done = node.run("run", node.training())
-        assert done.code == 0, done.err
-        return node.digest()
-
-
-def start(node: Node, job: str, until: str, **env: str) -> Started:
-    """Start a supervisor, and wait until the script has printed a line."""
-    supervisor = node.start("run", job, env=env)
-    supervisor.wait_for(until)
-    return supervisor
 
 
 def ask(node: Node, supervisor: Started, signum: int) -> None:
