@@ -100,7 +100,7 @@ def test_a_preemption_on_a_slow_store_saves_the_newest_state_within_its_grace(
     slow: SlowStore, undisturbed: str
 ) -> None:
     """An older save is stuck on its way when the notice comes."""
-    job = slow.training({"4": "save", "9": "wait"}, preemption={"grace": "60s"})
+    job = slow.training({"4": "save", "9": "wait"}, preemption={"grace": "20s"})
     slow.proxy.add(f"{SAVING}.*model", Fault("hold"), times=1)
     slow.proxy.add(SAVING, Fault("slow_upload", 10_000), times=ALWAYS)
     supervisor = slow.node.start("run", job)
