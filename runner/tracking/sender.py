@@ -91,10 +91,13 @@ class Sender:
         self._said_id: str | None = None
         self._said_refused = False
 
+    def recall(self) -> None:
+        """Say under which id the tracker knows the run, if it does: for the next checkpoint."""
+        self._round(self._mirror.recall)
+
     def run(self, news: queue.SimpleQueue[float | None]) -> None:
         """`news` has None when something has happened, and the seconds left in the end."""
         seconds, everything = None, True
-        self._round(self._mirror.recall)
         while seconds is None:
             if self._round(partial(self._mirror.advance, everything=everything)):
                 everything = False
@@ -157,7 +160,6 @@ def _gathered(news: queue.SimpleQueue[float | None]) -> float | None:
 def main() -> None:
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, signal.SIG_IGN)  # it ends with its supervisor
-    os.nice(_NICENESS)
     line = sys.stdin.buffer.readline()
     if not line:
         return
@@ -169,7 +171,10 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f".{errand.tracker}.lock").open("ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        Sender(errand.mirror(), lambda message: _write(out, message)).run(news)
+        sender = Sender(errand.mirror(), lambda message: _write(out, message))
+        sender.recall()
+        os.nice(_NICENESS)  # what comes now, the tracker's library first of all, can wait
+        sender.run(news)
     os._exit(0)  # what the libraries have left running would hold it up
 
 
