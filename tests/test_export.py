@@ -113,7 +113,7 @@ def test_onnx_gives_what_torch_gives(node: Node, tmp_path: Path) -> None:
 
 
 WRONG = {
-    "a checkpoint that is not there": (["999", "--to", "out"], "there is no checkpoint of run rul"),
+    "a checkpoint that is not there": (["999", "--to", "out"], "no checkpoint '999' of run rul"),
     "two checkpoints": (["latest", "--best", "--to", "out"], "give a checkpoint or --best"),
     "no folder": (["--best"], "give either a folder"),
     "a copy as ONNX": (["best", "out", "--onnx"], "--ema and --onnx are for --to DIR"),

@@ -449,8 +449,8 @@ def test_what_two_checkpoints_differ_in_is_told(finished: Node) -> None:
 
 @pytest.mark.parametrize(
     ("one", "other", "message"),
-    [("jb", "job", "there is no run on this machine 'jb'; did you mean job"),
-     ("job", "job:9", "there is no checkpoint of run job '9'"),
+    [("jb", "job", "there is no run 'jb' on this machine; did you mean job"),
+     ("job", "job:9", "there is no checkpoint '9' of run job"),
      ("job:lates", ":8", "did you mean")],
 )  # fmt: skip
 def test_nothing_is_compared_with_what_is_not_there(

@@ -149,7 +149,7 @@ class Archive:
             return self.manifest(which)
         steps = [str(manifest.moment.step) for manifest in manifests.values()]
         names = [*manifests, *steps, *(("latest", "best") if manifests else ())]
-        raise UnknownName(f"checkpoint of run {self.run_id}", which, names)
+        raise UnknownName("checkpoint", which, names, f"of run {self.run_id}")
 
     def validation(self, name: str) -> Validation | None:
         """What came of trying a checkpoint; None if it was not tried. One request."""

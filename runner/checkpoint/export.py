@@ -86,7 +86,7 @@ def export_model(archive: Archive, manifest: Manifest, wanted: Wanted, folder: P
     values = document.get("state") or {}
     for key in wanted.state:
         if key not in values:
-            raise UnknownName(f"value in run.state of {manifest.name}", key, list(values))
+            raise UnknownName("value", key, list(values), f"in run.state of {manifest.name}")
         plain = to_plain(values[key], f"run.state[{key!r}]", lambda ref: _numbers(source, ref))
         _write_json(folder / f"{key}.json", plain)
     if not (folder / CONFIG_FILE).exists():
@@ -103,7 +103,7 @@ def _write_weights(source: _Source, document: Mapping[str, Any], component: str,
     """One tensor for each name of the module, tied ones too; the SHA-256 of the file."""
     components = document["components"]
     if component not in components:
-        raise UnknownName("component in the checkpoint", component, list(components))
+        raise UnknownName("component", component, list(components), "in the checkpoint")
     state = components[component].get("state")
     if not isinstance(state, dict) or "$" in state:
         raise UsageError(f"{component} is no module, so it has no weights to export")

@@ -165,7 +165,7 @@ def status(run: InCluster) -> dict[str, Any]:
     phase = state.phase_of(job)
     facts = _facts_of_store(run)
     if job is None and facts is None:
-        raise UnknownName(f"run in namespace {run.cluster.namespace}", run.run_id)
+        raise UnknownName("run", run.run_id, place=f"in namespace {run.cluster.namespace}")
     facts = facts or {"run_id": run.run_id}
     if job is not None:
         facts |= {"phase": phase.value, "live": not phase.is_over}

@@ -76,7 +76,7 @@ def origin_at(which: str, components: Sequence[str], options: S3Options) -> Orig
         saved = json.loads(store.read(key, _MAX_STATE_BYTES))["components"] if components else ()
     for component in components:
         if component not in saved:
-            raise UnknownName(f"component in {which}", component, list(saved))
+            raise UnknownName("component", component, list(saved), f"in {which}")
     return Origin(archive, manifest.name, tuple(components))
 
 

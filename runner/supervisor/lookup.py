@@ -101,10 +101,10 @@ def find_run(name: str, where: Where = Where()) -> KnownRun:
         for entry in known:
             if entry.run_id == name:
                 return run_of(entry)
-        raise UnknownName("run on this machine", name, [entry.run_id for entry in known])
+        raise UnknownName("run", name, [entry.run_id for entry in known], "on this machine")
     opened = _opened(where, known)
     if Ledger(opened, name, "").run() is None:
-        raise UnknownName(f"run in {where.store}", name, opened.children(""))
+        raise UnknownName("run", name, opened.children(""), f"in {where.store}")
     return _in_store(name, opened)
 
 

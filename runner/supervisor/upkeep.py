@@ -182,7 +182,7 @@ def unpin(run: KnownRun, which: str) -> str:
     pinned = pins(run.store, run.run_id)
     name = which if which in pinned else run.find_checkpoint(which).name
     if name not in pinned:
-        raise UnknownName(f"pinned checkpoint of run {run.run_id}", name, sorted(pinned))
+        raise UnknownName("pinned checkpoint", name, sorted(pinned), f"of run {run.run_id}")
     run.store.delete([f"{run.run_id}/pins/{name}"])
     return name
 
