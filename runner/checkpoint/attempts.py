@@ -127,12 +127,23 @@ class Ledger:
     def records(self, known: Mapping[int, AttemptRecord] | None = None) -> list[AttemptRecord]:
         """All attempts, oldest first; RecordUnreadable if one of them is.
 
-        Those that are `known`, because they cannot change any more, are not read again.
+        Those that are `known`, because they cannot change any more, are not read again. Metrics go
+        on from one attempt to the next: only the newest that has any is given with them, because
+        those of hundreds would take more memory than all else that a supervisor has.
         """
         latest = read_latest(self._store, self.run_id)
-        have = known or {}
-        records = (have.get(number) or self._read(number) for number in self._numbers())
-        return [_with_commit(record, latest) for record in records if record is not None]
+        have, records = known or {}, list[AttemptRecord]()
+        newest: int | None = None  # of those that have metrics
+        for number in self._numbers():
+            record = have.get(number) or self._read(number)
+            if record is None:
+                continue
+            if record.metrics:
+                if newest is not None:
+                    records[newest] = replace(records[newest], metrics={})
+                newest = len(records)
+            records.append(_with_commit(record, latest))
+        return records
 
     def look_for_gone_back(self) -> frozenset[str]:
         """What all attempts until now have gone back from; afterwards it is in `gone_back`.

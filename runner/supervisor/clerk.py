@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import replace
 from typing import Any, Protocol
 
 from runner.board import Board
@@ -187,13 +186,11 @@ class Clerk(threading.Thread):
             self._post(events.RestoreReady(time.monotonic(), step, self._keeper.durable_step))
 
     def _attempts(self) -> list[AttemptRecord]:
-        """All until now. Of those that are over, what does not change is read and kept once, so
-        that the five-hundredth restart takes no longer than the first."""
+        """All until now. Those that are over do not change and are read once, so that the
+        five-hundredth restart takes no longer than the first."""
         records = self._ledger.records(self._over_for_good)
         self._over_for_good = {
-            record.attempt: replace(record, metrics={})
-            for record in records[:-1]
-            if record.outcome is not None
+            record.attempt: record for record in records[:-1] if record.outcome is not None
         }
         return records
 

@@ -10,6 +10,7 @@ import os
 import sys
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -30,7 +31,7 @@ _STORE_SECONDS = 5.0  # that a look into the store may take
 _SIZE = os.terminal_size((80, 24))
 
 
-class Onlooker:
+class Onlooker(ABC):
     """Looks every so often, and shows what it sees: `show` gets the glance at the run."""
 
     screen: Screen | None = None
@@ -48,8 +49,9 @@ class Onlooker:
         self._over.set()
         self._thread.join(_STOP_SECONDS)
 
+    @abstractmethod
     def show(self, run: dict[str, Any]) -> None:
-        raise NotImplementedError
+        """Bring it before whoever looks on."""
 
     def _look_on(self) -> None:
         try:
