@@ -11,7 +11,6 @@ from typing import Any
 
 from runner.board import Account
 from runner.checkpoint.provenance import mask_secrets
-from runner.training.alone import open_alone
 from runner.training.capture import TrainingState
 from runner.training.course import Course
 from runner.training.facts import architecture, plain
@@ -204,11 +203,12 @@ def attach(*, state: dict[Any, Any] | None = None, **stateful: Any) -> Run:
     spool = os.environ.get(SPOOL_VARIABLE)
     settle_kernels()
     watch = OptimizerWatch(stateful.values())
-    session = (
-        Session(Path(spool), supervised=True, optimizers=watch.optimizers)
-        if spool
-        else open_alone(watch.optimizers)
-    )
+    if spool:
+        session = Session(Path(spool), supervised=True, optimizers=watch.optimizers)
+    else:
+        from runner.training.alone import open_alone  # half of all there is to import
+
+        session = open_alone(watch.optimizers)
     models = {name: architecture(model) for name, model in training_state.models.items()}
     session.facts.tell(model=models)
     course = Course(session, training_state, watch)

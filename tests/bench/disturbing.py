@@ -1,9 +1,11 @@
 """What each kind of end costs: SIGTERM until durable, SIGKILL until the first new step.
 
-One run is disturbed again and again. Each round starts a supervisor (from the store, because one
-that ends well takes its spool with it), kills the trainer, kills the whole tree and starts another
-supervisor, preempts that, and then measures the peers while nothing else of ours runs. Steps that
-were done before a kill and have to be done again are not new: they are counted.
+One run is disturbed again and again. It takes a snapshot at every step, so that a kill costs a step
+at most: with `auto` it costs what was trained since the last one, however fast the restart is. Each
+round starts a supervisor (from the store, because one that ends well takes its spool with it),
+kills the trainer, kills the whole tree and starts another supervisor, preempts that, and then
+measures the peers while nothing else of ours runs. Steps that were done before a kill and have to
+be done again are not new: they are counted.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ Values = defaultdict[str, list[float]]
 
 def measure(place: Place, megabytes: float, repetitions: int) -> tuple[list[Figure], list[Check]]:
     values: Values = defaultdict(list)
-    run = SupervisedRun(place, f"disturbed-{megabytes:g}", Settings(megabytes))
+    run = SupervisedRun(
+        place, f"disturbed-{megabytes:g}", Settings(megabytes, snapshot_every_steps=1)
+    )
     others = Neighbours()
     try:
         for number in range(repetitions):
