@@ -452,7 +452,11 @@ def test_doctor_tells_what_a_cluster_would_refuse(node: Node, api: KubeApi) -> N
 
 
 def test_a_dry_run_asks_nobody(node: Node) -> None:
-    printed = call(node, None, "submit", job_file(node), "--dry-run", KUBECONFIG="/nowhere")
+    """Nor does it look for a function that need only be in the image."""
+    checkpoint = {"max_state": "1Gi", "validate": {"entrypoint": "not.here:check"}}
+    job = job_file(node, checkpoint=checkpoint)
+
+    printed = call(node, None, "submit", job, "--dry-run", KUBECONFIG="/nowhere")
 
     assert printed.code == 0
     assert [each["kind"] for each in printed.json["items"]] == ["ConfigMap", "Job"]

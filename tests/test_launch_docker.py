@@ -15,12 +15,14 @@ import pytest
 from runner.errors import UsageError
 from runner.job import Job
 from runner.launch.base import Order, Places
+from runner.launch.container_trial import folders_inside
 from runner.launch.docker import (
     Seat,
     container_environment,
     device_requests,
     probe_request,
     trainer_request,
+    trial_request,
 )
 from runner.launch.image import Image, Progress, gpu_problem, problem_of, repository_of
 from runner.launch.site import check_memory
@@ -110,6 +112,28 @@ def test_the_look_into_an_image_has_no_network_and_nothing_of_the_run() -> None:
     assert made["User"] == "", "whose image it is shows who its user is"
     assert [m["Target"] for m in made["HostConfig"]["Mounts"]] == ["/runner/workdir"]
     assert made["HostConfig"]["UsernsMode"] == "host"
+
+
+def test_a_validation_gets_neither_network_nor_gpu_nor_credentials() -> None:
+    wanted = job(**CASES["everything"], params={"depth": 3})
+
+    made = trial_request(wanted, SEAT, Path("/state/.validation"), HOST)
+
+    assert made == json.loads((GOLDEN / "trial.json").read_text())
+
+
+def test_a_validation_imports_from_where_the_trainer_does(tmp_path: Path) -> None:
+    project, link = tmp_path / "project", tmp_path / "link"
+    (project / "src").mkdir(parents=True)
+    (project / "src" / "train.py").touch()
+    link.symlink_to(project)
+
+    def folders(*command: str) -> list[str]:
+        return folders_inside(job(command=["python", *command], workdir=str(link)))
+
+    assert folders("src/train.py") == ["/runner/workdir/src"]
+    assert folders("-m", "train") == ["/runner/workdir"]
+    assert folders("/opt/in-the-image/train.py") == ["/opt/in-the-image"]
 
 
 def test_of_the_hosts_environment_a_container_has_what_is_named() -> None:

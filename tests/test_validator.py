@@ -8,8 +8,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,14 @@ from runner.errors import UsageError
 from runner.job import Job
 from runner.launch.process import TrainerProcess
 from runner.launch.process_tree import read_entry
+from runner.launch.site import ProcessSite
+from runner.launch.trial import Answer, ProcessTrial, read_answer, trial_environment
 from runner.saves import SaveRecord
 from runner.spool import open_slot
 from runner.store import DirectoryStore
 from runner.supervisor import events
+from runner.supervisor.preflight import check_entrypoint
 from runner.supervisor.state import Phase, State
-from runner.supervisor.trial import Trial, Workplace, check_entrypoint
 from runner.supervisor.validator import Validator, is_quiet, validator_of
 from runner.training.capture import TrainingState
 from runner.training.validate import call, find
@@ -115,7 +118,7 @@ def called(store: DirectoryStore, manifest: Manifest, folder: Path, name: str = 
     path = folder / "slot"
     archive.load_into(manifest, layout, memoryview(open_slot(path, layout.nbytes)))
     marker = asdict(marker_of(0, Loaded(manifest, layout), {}))
-    return call(find_judge(name), {"slot": str(path), "marker": marker, "params": {}})
+    return call(find_judge(name), {"marker": marker, "params": {}}, path)
 
 
 def test_a_good_checkpoint_gives_the_metrics_that_were_logged(
@@ -193,21 +196,25 @@ REFUSED = {
 }  # fmt: skip
 
 
+def check(job: Job) -> None:
+    check_entrypoint(job, ProcessSite(job))
+
+
 @pytest.mark.parametrize(("entrypoint", "problem"), REFUSED.values(), ids=list(REFUSED))
 def test_an_entry_point_that_cannot_be_called_is_refused(entrypoint: str, problem: str) -> None:
     with pytest.raises(UsageError, match="entrypoint: ") as raised:
-        check_entrypoint(job_with(entrypoint))
+        check(job_with(entrypoint))
 
     assert problem in str(raised.value)
 
 
 def test_an_entry_point_that_can_be_called_is_not_called() -> None:
-    check_entrypoint(job_with("judges:val_loss"))
+    check(job_with("judges:val_loss"))
 
 
 def test_an_entry_point_whose_module_dies_is_refused() -> None:
     with pytest.raises(UsageError, match="it ended with signal SIGSEGV"):
-        check_entrypoint(job_with(env={"JUDGE_DIES": "1"}))
+        check(job_with(env={"JUDGE_DIES": "1"}))
 
 
 # ---------------------------------------------------------------- one process
@@ -219,7 +226,7 @@ def test_it_sees_no_credentials_and_no_gpu_and_has_one_thread(
     for name in ("AWS_SECRET_ACCESS_KEY", "RUNNER_SPOOL", "HARMLESS"):
         monkeypatch.setenv(name, "x")
 
-    environment = Workplace.of(job_with(env={"OMP_NUM_THREADS": "8"}), "a-run").environment
+    environment = trial_environment(job_with(env={"OMP_NUM_THREADS": "8"}), "a-run")
 
     assert not {"AWS_SECRET_ACCESS_KEY", "RUNNER_SPOOL"} & set(environment)
     assert environment["HARMLESS"] == "x"
@@ -228,10 +235,19 @@ def test_it_sees_no_credentials_and_no_gpu_and_has_one_thread(
     assert environment["CUDA_VISIBLE_DEVICES"] == ""
 
 
-def tried(tmp_path: Path, limit: float, over: threading.Event, **env: str) -> tuple[Trial, Any]:
-    place = Workplace.of(job_with(env=env))
-    request = {"entrypoint": "judges:val_loss", "slot": "nowhere", "marker": {}, "gives_way": True}
-    trial = Trial(place, tmp_path / "trial", request)
+def trial_in_a_process(job: Job, folder: Path, request: Mapping[str, Any]) -> ProcessTrial:
+    return ProcessTrial(job, folder, request, "a-run")
+
+
+def trial_in(folder: Path, env: dict[str, str], **request: Any) -> ProcessTrial:
+    request = {"entrypoint": "judges:val_loss", **request}
+    return trial_in_a_process(job_with(env=env), folder, request)
+
+
+def tried(
+    tmp_path: Path, limit: float, over: threading.Event, **env: str
+) -> tuple[ProcessTrial, Any]:
+    trial = trial_in(tmp_path, env, marker={}, gives_way=True)
     trial.begin()
     return trial, trial.wait(limit, over)
 
@@ -251,8 +267,7 @@ def test_one_that_dies_says_how(tmp_path: Path) -> None:
 
 
 def test_one_that_was_killed_says_nothing_of_the_checkpoint(tmp_path: Path) -> None:
-    place = Workplace.of(job_with(env={"JUDGE_HANGS": "1"}))
-    trial = Trial(place, tmp_path / "trial", {"entrypoint": "judges:val_loss"})
+    trial = trial_in(tmp_path, {"JUDGE_HANGS": "1"})
     trial.begin()
     threading.Timer(0.2, os.kill, (trial.pid, signal.SIGKILL)).start()
 
@@ -268,8 +283,7 @@ def test_the_end_of_a_trainer_is_not_that_of_a_trial(tmp_path: Path) -> None:
         [sys.executable, "-c", "input()"], cwd=tmp_path, env=dict(os.environ), stdout=out.fileno(),
         stderr=out.fileno(),
     ) as trainer:  # fmt: skip
-        place = Workplace.of(job_with(env={"JUDGE_HANGS": "1"}))
-        trial = Trial(place, tmp_path / "trial", {"entrypoint": "judges:val_loss"})
+        trial = trial_in(tmp_path, {"JUDGE_HANGS": "1"})
         trial.begin()
         wait_until(lambda: os.getsid(trial.pid) == trial.pid, 30, "a session of its own")
 
@@ -279,6 +293,41 @@ def test_the_end_of_a_trainer_is_not_that_of_a_trial(tmp_path: Path) -> None:
         assert entry is not None
         assert entry.alive
     assert trial.wait(0.0, threading.Event()) is not None
+
+
+def a_fifo(result: Path) -> None:
+    os.mkfifo(result)
+
+
+def a_link(result: Path) -> None:
+    result.with_name("elsewhere").write_text('{"metrics": {"val_loss": 0}}')
+    result.symlink_to("elsewhere")
+
+
+ANSWERS: dict[str, Callable[[Path], object]] = {
+    "none": lambda result: None,
+    "a pipe that nobody writes": a_fifo,
+    "a link": a_link,
+    "a folder": lambda result: result.mkdir(),
+    "too long": lambda result: result.write_text(" " * (2 << 20) + '{"metrics": {}}'),
+    "no JSON": lambda result: result.write_text("{"),
+    "no object": lambda result: result.write_text("[1]"),
+    "no metrics": lambda result: result.write_text("{}"),
+    "metrics that are none": lambda result: result.write_text('{"metrics": {"val_loss": []}}'),
+    "metrics that are a list": lambda result: result.write_text('{"metrics": [1]}'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("leave", ANSWERS.values(), ids=list(ANSWERS))
+@pytest.mark.timeout(30)
+def test_an_answer_that_is_none_is_not_waited_for_or_believed(
+    tmp_path: Path, leave: Callable[[Path], object]
+) -> None:
+    leave(tmp_path / "result.json")
+
+    answer = read_answer(tmp_path, 3, b"one line\nthe last one\n")
+
+    assert answer == Answer(problem="it ended with exit code 3: the last one")
 
 
 def test_one_gives_way_at_once(tmp_path: Path) -> None:
@@ -321,7 +370,10 @@ class Supervised:
         ledger = Ledger(store, RUN, "0123456789abcdef")
         ledger.claim("node")
         self.persister = Persister(store, ledger, Keep(), validates=True)
-        found = validator_of(job_with(**keys), folder / "v", self.persister, self.told.append)
+        job = job_with(**keys)
+        found = validator_of(
+            job, partial(trial_in_a_process, job), folder / "v", self.persister, self.told.append
+        )
         assert found is not None
         self.validator: Validator = found
         self.validator.start()
@@ -478,9 +530,3 @@ def test_the_end_waits_for_the_last_one_if_it_may(
     at_work.validator.finish(lambda: True)
 
     assert at_work.results() == [(final.name, "unknown")]
-
-
-def test_for_a_pod_its_own_supervisor_looks() -> None:
-    job = job_with("not.here:check").model_copy(update={"launcher": "kubernetes"})
-
-    check_entrypoint(job)

@@ -110,10 +110,12 @@ def run(
 def _check(job: Any) -> None:
     """UsageError if what the job names to be started or called is not there."""
     from runner.job import check_launchable
-    from runner.supervisor.trial import check_entrypoint
+    from runner.launch.site import ProcessSite
+    from runner.supervisor.preflight import check_entrypoint
 
     check_launchable(job)
-    check_entrypoint(job)
+    if job.launcher == "process":  # what is in an image is looked at when the run begins
+        check_entrypoint(job, ProcessSite(job))
 
 
 def _resolved(job: Any) -> dict[str, Any]:

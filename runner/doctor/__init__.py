@@ -18,6 +18,7 @@ from runner.doctor.probes import Probes
 from runner.errors import StoreError, UsageError
 from runner.job import Job, check_run_id, is_s3
 from runner.launch.kubernetes.profiles import grace_seconds
+from runner.launch.site import ProcessSite
 from runner.store import Store
 from runner.supervisor.assignment import GRACE_VARIABLE
 from runner.supervisor.forecast import EmergencySave
@@ -62,8 +63,10 @@ def examine(job: Job, run_id: str | None = None, context: str | None = None) -> 
 
 def _examine_machine(job: Job) -> Iterator[Finding]:
     yield from machine.command(job)
-    yield from machine.validation(job)
-    yield from container(job)
+    if job.launcher == "docker":
+        yield from container(job)
+    else:
+        yield from machine.validation(job, ProcessSite(job))
     yield from machine.gpu()
     yield machine.notices(job)
 

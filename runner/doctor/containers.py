@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from runner.doctor.finding import Finding, fail, ok
+from runner.doctor.machine import validation
 from runner.errors import EngineError, UsageError
 from runner.job import Job
 from runner.launch.engine import Engine
@@ -13,9 +14,7 @@ from runner.supervisor import index
 
 
 def container(job: Job) -> Iterator[Finding]:
-    """Nothing for a job in a process. An image that is not here is pulled."""
-    if job.launcher != "docker":
-        return
+    """An image that is not here is pulled."""
     try:
         engine = Engine.connect()
         name = "Podman" if engine.is_podman else "Docker"
@@ -28,3 +27,4 @@ def container(job: Job) -> Iterator[Finding]:
     version = ".".join(map(str, site.found.version))
     which = site.found.digest or site.found.id
     yield ok("image", f"{which}, with Python {version} and this runner; the user is {site.user}")
+    yield from validation(job, site)

@@ -9,13 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from runner.doctor.finding import Finding, fail, ok, size_text, warn
-from runner.errors import JobError, UsageError
+from runner.errors import JobError, RunnerError
 from runner.job import Job, check_launchable, resolved_command
+from runner.launch.site import Site
 from runner.memory import available_bytes, slots_that_fit
 from runner.notices import problem_of
 from runner.spool import spool_path
 from runner.supervisor.index import SPOOL_ROOT_VARIABLE, files_of
-from runner.supervisor.trial import check_entrypoint
+from runner.supervisor.preflight import check_entrypoint
 
 _NVIDIA_SECONDS = 20.0
 _NVIDIA_QUERY = "name,driver_version,memory.total"
@@ -31,14 +32,14 @@ def command(job: Job) -> Iterator[Finding]:
     yield ok("command", f"{resolved_command(job)[0]} in {job.workdir}")
 
 
-def validation(job: Job) -> Iterator[Finding]:
+def validation(job: Job, site: Site) -> Iterator[Finding]:
     """The function that is to validate is there and can be called; it is imported elsewhere."""
     wanted = job.checkpoint.validation
     if wanted is None:
         return
     try:
-        check_entrypoint(job)
-    except UsageError as error:
+        check_entrypoint(job, site)
+    except RunnerError as error:
         yield fail("validation", str(error))
     else:
         yield ok("validation", f"{wanted.entrypoint} can be called")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from runner.launch.trial import Trial
 from runner.memory import Memory
 
 
@@ -103,6 +104,12 @@ class Launcher(Protocol):
         """End what a dead supervisor of this run has left here; what that was, in words.
 
         The caller holds the spool's lock, so nobody else is using it.
+        """
+
+    def trial(self, folder: Path, request: Mapping[str, Any]) -> Trial:
+        """Make ready a call of the job's own function, as `runner.training.validate` has it.
+
+        It happens in `folder`, which is the caller's. RunnerError or OSError if it cannot be made.
         """
 
     def start(self, order: Order) -> Handle:

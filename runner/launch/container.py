@@ -22,11 +22,12 @@ from runner.errors import EngineError, UsageError
 from runner.job import Job
 from runner.launch import inside
 from runner.launch.base import Order, Places
+from runner.launch.container_trial import ContainerTrial
 from runner.launch.cpu import seconds_of
 from runner.launch.docker import INSIDE, SPOOL_LABEL, Seat, trainer_request
-from runner.launch.engine import Engine
+from runner.launch.engine import Engine, exit_code_of
 from runner.launch.image import Image
-from runner.launch.namespace import inhabitants, number_of
+from runner.launch.namespace import first_process, inhabitants, number_of
 from runner.launch.process import UNKNOWN_EXIT
 from runner.launch.process_tree import ProcessEntry, read_entry
 from runner.launch.users import owner_of, user_mode
@@ -36,8 +37,6 @@ from runner.spool import give_to
 log = logging.getLogger(__name__)
 
 FIRST_PROGRAM = Path(inside.__file__)
-_SHELLS_ADD = 128  # to a signal's number; also what the init of a container makes of it
-_LAST_SIGNAL = 64
 _ASK_AGAIN_SECONDS = 0.25
 _ENGINE_BACK_SECONDS = 120.0  # for an engine that died, to say how a container has ended
 _KILL_SECONDS = 10.0
@@ -107,12 +106,8 @@ class ContainerTrainer:
     def _ended(self, state: Mapping[str, Any]) -> int | None:
         if not state:
             return UNKNOWN_EXIT
-        if state.get("Running") or state.get("Status") in ("created", "stopping"):
-            return None
         self._out_of_memory = bool(state.get("OOMKilled"))
-        code = int(state.get("ExitCode", UNKNOWN_EXIT))
-        is_signal = _SHELLS_ADD < code <= _SHELLS_ADD + _LAST_SIGNAL
-        return _SHELLS_ADD - code if is_signal else code
+        return exit_code_of(state)
 
     def _lives(self) -> bool:
         """Whether the process table still has the container's first process."""
@@ -231,6 +226,9 @@ class DockerLauncher:
             self._engine.remove(container)
         return [f"container {container[:12]}" for container in found]
 
+    def trial(self, folder: Path, request: Mapping[str, Any]) -> ContainerTrial:
+        return ContainerTrial(self._job, self._seat, folder, request)
+
     def start(self, order: Order) -> ContainerTrainer:
         self.end_leftovers()
         for folder in (self._seat.places.outputs, self._seat.places.slots):
@@ -251,7 +249,7 @@ class DockerLauncher:
         return ContainerTrainer(
             self._engine,
             container,
-            _visible(int(state.get("Pid") or 0)),
+            first_process(state),
             self._job.resources.memory,
             order.print_left,
         )
@@ -269,11 +267,6 @@ def seat_of(engine: Engine, job: Job, image: Image, places: Places, run_id: str,
         host_memory=physical_memory(),
         user_mode=user_mode(engine, job),
     )
-
-
-def _visible(pid: int) -> int:
-    """The number of a container's first process, 0 where our process table does not have it."""
-    return pid if pid and number_of(1, inhabitants(pid)[:1]) is not None else 0
 
 
 def _send(pid: int, signum: int) -> bool:

@@ -18,10 +18,12 @@ from typing import Any
 from runner.job import Job
 from runner.launch.base import Order, Places
 from runner.launch.process import CREDENTIAL_VARIABLES, RESERVED_PREFIX
+from runner.launch.trial import ALONE, PROGRAM, own_variables
 
 INSIDE = Places(Path("/runner/spool"), Path("/runner/outputs"), Path("/runner/slots"))
 WORKDIR = Path("/runner/workdir")
 _FIRST_PROGRAM = Path("/runner/inside.py")
+_TRIED_IN = Path("/runner/trial")
 
 RUN_LABEL, ATTEMPT_LABEL, SPOOL_LABEL = "runner.run-id", "runner.attempt", "runner.spool"
 
@@ -39,6 +41,7 @@ _DEFAULTS = {"HOME": "/tmp", "USER": "runner", "PYTHONUNBUFFERED": "1"}
 # Its own /dev/shm is for loader workers: as large as outside of containers, not Docker's 64 MB.
 _SHM_SHARE = 2
 _PROBE_SHM_BYTES = 1 << 20
+_LEAST_SHARES = 2  # of the processor, where others want it
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ def trainer_request(
     """The container of an attempt."""
     command = [seat.python if word in ("python", "python3") else word for word in job.command[:1]]
     places = seat.places
-    request = _request(job, seat.image, seat.user, seat.user_mode, parent)
+    request = _request(job, seat.image, seat.user, seat.user_mode)
     request |= {
         "Entrypoint": [seat.python, "-I", "-S", str(_FIRST_PROGRAM), str(INSIDE.spool)],
         "Cmd": [*command, *job.command[1:]],
@@ -85,7 +88,7 @@ def trainer_request(
             _mount(places.slots, INSIDE.slots, writable=True),
             _mount(seat.first_program, _FIRST_PROGRAM),
         ],
-        "ShmSize": job.resources.shm or (job.resources.memory or seat.host_memory) // _SHM_SHARE,
+        "ShmSize": _shm_bytes(job, seat),
         "DeviceRequests": device_requests(job),
     }
     return request
@@ -95,7 +98,7 @@ def probe_request(
     job: Job, image: str, program: Sequence[str], user_mode: str, parent: Mapping[str, str]
 ) -> dict[str, Any]:
     """A container that looks at the image with the trainer's eyes; its user is the image's own."""
-    request = _request(job, image, job.user or "", user_mode, parent)
+    request = _request(job, image, job.user or "", user_mode)
     request |= {
         "Entrypoint": list(program),
         "Cmd": [],
@@ -109,6 +112,31 @@ def probe_request(
         "DeviceRequests": device_requests(job),
     }
     return request
+
+
+def trial_request(job: Job, seat: Seat, folder: Path, parent: Mapping[str, str]) -> dict[str, Any]:
+    """A container that tries the job's own function in a folder of this machine."""
+    passed = {name: value for name, value in parent.items() if name in PASSED}  # no credentials
+    environment = container_environment(job, own_variables(job, seat.run_id), passed)
+    request = _request(job, seat.image, seat.user, seat.user_mode)
+    request |= {
+        "Entrypoint": [seat.python, *PROGRAM, str(_TRIED_IN)],
+        "Cmd": [],
+        "Env": _listed({**environment, **ALONE}),
+        "Labels": {RUN_LABEL: seat.run_id, SPOOL_LABEL: str(seat.places.spool)},
+    }
+    request["HostConfig"] |= {
+        "NetworkMode": "none",
+        "Mounts": [*_mounts(job), _mount(folder, _TRIED_IN, writable=True)],
+        "ShmSize": _shm_bytes(job, seat),
+        "DeviceRequests": [],
+        "CpuShares": _LEAST_SHARES,
+    }
+    return request
+
+
+def _shm_bytes(job: Job, seat: Seat) -> int:
+    return job.resources.shm or (job.resources.memory or seat.host_memory) // _SHM_SHARE
 
 
 def container_environment(
@@ -138,9 +166,7 @@ def device_requests(job: Job) -> list[dict[str, Any]]:
     return [{"Driver": "", **chosen, "Capabilities": [["gpu"]], "Options": {}}]
 
 
-def _request(
-    job: Job, image: str, user: str, user_mode: str, parent: Mapping[str, str]
-) -> dict[str, Any]:
+def _request(job: Job, image: str, user: str, user_mode: str) -> dict[str, Any]:
     """What all containers of a job have in common."""
     memory, cpus = job.resources.memory or 0, job.resources.cpus or 0
     return {

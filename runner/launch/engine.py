@@ -17,9 +17,12 @@ from types import ModuleType
 from typing import Any
 
 from runner.errors import EngineError, EngineGone, UsageError
+from runner.launch.process import UNKNOWN_EXIT
 
 DEFAULT_SOCKET = "unix:///var/run/docker.sock"
 _ANSWER_SECONDS = 10.0
+_SHELLS_ADD = 128  # to a signal's number; also what the init of a container makes of it
+_LAST_SIGNAL = 64
 _START_SECONDS = 120.0  # GPUs and large images take their time
 
 
@@ -168,6 +171,15 @@ class Engine:
             raise EngineError(action, _explanation(error), error.status_code) from error
         except (RequestException, self._sdk.errors.DockerException, OSError) as error:
             raise EngineGone(action, f"it does not answer at {self.address}") from error
+
+
+def exit_code_of(state: Mapping[str, Any]) -> int | None:
+    """How a container has ended, negative for a signal; None before that."""
+    if state.get("Running") or state.get("Status") in ("created", "stopping"):
+        return None
+    code = int(state.get("ExitCode", UNKNOWN_EXIT))
+    is_signal = _SHELLS_ADD < code <= _SHELLS_ADD + _LAST_SIGNAL
+    return _SHELLS_ADD - code if is_signal else code
 
 
 def _sdk() -> ModuleType:

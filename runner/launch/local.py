@@ -12,13 +12,16 @@ from runner.launch.base import Order, Places
 from runner.launch.cgroup import own_group, remove_empty
 from runner.launch.leftovers import end_leftovers
 from runner.launch.process import TrainerProcess, build_environment
+from runner.launch.trial import ProcessTrial
 
 
 class ProcessLauncher:
     """Starts a job's command in a process and a session of its own."""
 
-    def __init__(self, job: Job, places: Places, parent: Mapping[str, str] = os.environ) -> None:
-        self._job, self._parent = job, parent
+    def __init__(
+        self, job: Job, run_id: str, places: Places, parent: Mapping[str, str] = os.environ
+    ) -> None:
+        self._job, self._run_id, self._parent = job, run_id, parent
         self._groups: Path | None = own_group()
         self.places = places
 
@@ -33,6 +36,9 @@ class ProcessLauncher:
         left = end_leftovers(self.places.spool)
         remove_empty(self._groups)
         return [f"process {pid}" for pid in left]
+
+    def trial(self, folder: Path, request: Mapping[str, Any]) -> ProcessTrial:
+        return ProcessTrial(self._job, folder, request, self._run_id)
 
     def start(self, order: Order) -> TrainerProcess:
         environment = build_environment(

@@ -7,10 +7,17 @@ of its own in there beside the one that it has here. Source: pid_namespaces(7), 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from runner.launch.process_tree import ProcessEntry, read_table
+
+
+def first_process(state: Mapping[str, Any]) -> int:
+    """The number of a container's first process, 0 where our process table does not have it."""
+    pid = int(state.get("Pid") or 0)
+    return pid if pid and number_of(1, inhabitants(pid)[:1]) is not None else 0
 
 
 def inhabitants(first: int) -> list[ProcessEntry]:

@@ -16,9 +16,12 @@ from runner.errors import UsageError
 from runner.job import Job
 from runner.launch.base import Launcher, Places
 from runner.launch.container import DockerLauncher, seat_of
+from runner.launch.container_trial import ContainerTrial
+from runner.launch.docker import Seat
 from runner.launch.engine import Engine
 from runner.launch.image import Image, find_image, look_into
 from runner.launch.local import ProcessLauncher
+from runner.launch.trial import ProcessTrial, Trial
 from runner.launch.users import check_readable, container_user, owner_of, user_mode
 from runner.spool import Owner
 
@@ -37,6 +40,9 @@ class Site(Protocol):
     def launcher(self, run_id: str, places: Places) -> Launcher:
         """Starts them; `places` are the run's folders on this node."""
 
+    def trial(self, folder: Path, request: Mapping[str, Any]) -> Trial:
+        """As the launcher's, before there is a run."""
+
 
 @dataclass(frozen=True)
 class ProcessSite:
@@ -53,7 +59,10 @@ class ProcessSite:
         """There is none."""
 
     def launcher(self, run_id: str, places: Places) -> Launcher:
-        return ProcessLauncher(self.job, places)
+        return ProcessLauncher(self.job, run_id, places)
+
+    def trial(self, folder: Path, request: Mapping[str, Any]) -> Trial:
+        return ProcessTrial(self.job, folder, request, "")
 
 
 @dataclass(frozen=True)
@@ -74,8 +83,14 @@ class ContainerSite:
         return self.found.reference
 
     def launcher(self, run_id: str, places: Places) -> Launcher:
-        seat = seat_of(self.engine, self.job, self.found, places, run_id, self.user)
-        return DockerLauncher(self.engine, self.job, self.found, seat)
+        return DockerLauncher(self.engine, self.job, self.found, self._seat(run_id, places))
+
+    def trial(self, folder: Path, request: Mapping[str, Any]) -> Trial:
+        seat = self._seat("", Places(folder, folder, folder))
+        return ContainerTrial(self.job, seat, folder, request)
+
+    def _seat(self, run_id: str, places: Places) -> Seat:
+        return seat_of(self.engine, self.job, self.found, places, run_id, self.user)
 
 
 def site_for(

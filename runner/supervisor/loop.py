@@ -106,7 +106,9 @@ class Supervisor:
             self._outputs(store) if is_s3(store.url) else None,
             self._monitor,
         )
-        self._validator = validator_of(job, self._files.validation, persister, self._events.put)
+        self._validator = validator_of(
+            job, launcher.trial, self._files.validation, persister, self._events.put
+        )
         self._state, self._actions = machine.begin(policy)
         self._journal = Journal(
             assignment,

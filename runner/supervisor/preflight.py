@@ -1,4 +1,5 @@
 """Before anything is started: can this job's store hold a run? A few requests, at every start.
+And can the function be called that is to validate its checkpoints?
 
 What cannot work is a UsageError that says what to do next, because no retry would help. A server
 that is busy or out of reach for a while is asked again by the store itself, for some minutes.
@@ -11,6 +12,8 @@ import logging
 import os
 import secrets
 import socket
+import tempfile
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -29,6 +32,7 @@ from runner.errors import (
     is_outage,
 )
 from runner.job import Job, is_s3
+from runner.launch.site import Site
 from runner.store import S3Options, Store, open_store
 
 log = logging.getLogger(__name__)
@@ -39,6 +43,7 @@ _CONNECT_SECONDS = 5.0
 _LOOKS_AT_SERVER = 3
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 1.0, 30.0
 _MAX_PROBE_BYTES = 64
+_IMPORT_SECONDS = 120.0
 _ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 
 
@@ -252,3 +257,21 @@ def _connection_problem(host: str, port: int) -> str | None:
     except OSError:
         pass
     return None
+
+
+def check_entrypoint(job: Job, site: Site) -> None:
+    """UsageError if the function that is to validate is not there, or cannot be called.
+
+    It is imported where the trainer will run, in a process of its own, and not called. Does nothing
+    where none is named.
+    """
+    validation = job.checkpoint.validation
+    if validation is None:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        trial = site.trial(Path(folder), {"entrypoint": validation.entrypoint})
+        trial.begin()
+        answer = trial.wait(_IMPORT_SECONDS, threading.Event())
+    problem = answer and (answer.problem or answer.unusable)
+    if problem:
+        raise UsageError(f"checkpoint.validate.entrypoint: {problem}")

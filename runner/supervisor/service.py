@@ -27,6 +27,7 @@ from runner.supervisor.beginning import beginning_of, real_place
 from runner.supervisor.lookup import KnownRun, run_of
 from runner.supervisor.loop import Supervisor
 from runner.supervisor.preflight import (
+    check_entrypoint,
     check_reachable,
     check_writable,
     refusals,
@@ -34,7 +35,6 @@ from runner.supervisor.preflight import (
     store_of,
     until_it_answers,
 )
-from runner.supervisor.trial import check_entrypoint
 from runner.tracking import locate
 
 log = logging.getLogger(__name__)
@@ -102,12 +102,12 @@ def supervise(
         known, found = until_it_answers(look, patience_seconds)
         if found is None:
             return FINISHED
-        if not _has_validated_so(known, job):
-            check_entrypoint(job)
         pinned = None if known is None or wishes.update else known.get("image")
         state_bytes = _state_bytes(store, found.run_id)
         images = index.home() / "images"
         site = site_for(job, pinned, state_bytes, images, newest=wishes.update)
+        if not _has_validated_so(known, job):
+            check_entrypoint(job, site)
         spool = _open_spool(found.run_id, store, site)
         ledger = Ledger(store, found.run_id, new_owner())
         try:

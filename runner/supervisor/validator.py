@@ -14,7 +14,7 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -35,11 +35,12 @@ from runner.checkpoint.validation import (
 from runner.errors import Abandoned, CheckpointCorrupt, Fenced, NotFound, RunnerError
 from runner.job import Job
 from runner.job_validate import Validate
+from runner.launch.trial import Trial
 from runner.memory import available_bytes
 from runner.spool import open_slot
 from runner.supervisor import events
 from runner.supervisor.state import Phase, State
-from runner.supervisor.trial import Trial, Workplace
+from runner.training.validate import SLOT
 
 log = logging.getLogger(__name__)
 
@@ -66,13 +67,13 @@ class Validator(threading.Thread):
     def __init__(
         self,
         wanted: Validate,
-        place: Workplace,
+        trial: Callable[[Path, Mapping[str, Any]], Trial],
         folder: Path,
         persister: Persister,
         post: Callable[[events.Event], None],
     ) -> None:
         super().__init__(name="validator", daemon=True)
-        self._wanted, self._place, self._folder = wanted, place, folder
+        self._wanted, self._make_trial, self._folder = wanted, trial, folder
         self._persister, self._post = persister, post
         self._archive = Archive(
             persister.store, persister.ledger.run_id, before_part=self._go_on, at_once=1
@@ -115,7 +116,7 @@ class Validator(threading.Thread):
     def pids(self) -> Collection[int]:
         """The process that it waits for itself."""
         trial = self._trial
-        return () if trial is None else (trial.pid,)
+        return () if trial is None else trial.pids
 
     def finish(self, may_wait: Callable[[], bool]) -> None:
         """End. What is waiting or under way may end first, while `may_wait` says so, in a bound."""
@@ -227,16 +228,14 @@ class Validator(threading.Thread):
         needed, room = 2 * layout.nbytes + _LIBRARIES_BYTES, available_bytes(self._folder)
         if room < needed:
             raise RunnerError(f"it needs {needed / 1e6:.0f} MB, and there are {room / 1e6:.0f} MB")
-        path = self._folder / "slot"
+        path = self._folder / SLOT
         self._archive.load_into(manifest, layout, memoryview(open_slot(path, layout.nbytes)))
         request: dict[str, Any] = {
             "entrypoint": self._wanted.entrypoint,
-            "slot": str(path),
             "marker": asdict(marker_of(0, Loaded(manifest, layout), {})),
             "gives_way": self._trains,
         }
-        trial = Trial(self._place, self._folder, request)
-        self._trial = trial
+        self._trial = trial = self._make_trial(self._folder, request)
         try:
             trial.begin()
             answer = trial.wait(self._wanted.timeout_seconds, self._enough)
@@ -253,11 +252,14 @@ class Validator(threading.Thread):
 
 
 def validator_of(
-    job: Job, folder: Path, persister: Persister, post: Callable[[events.Event], None]
+    job: Job,
+    trial: Callable[[Path, Mapping[str, Any]], Trial],
+    folder: Path,
+    persister: Persister,
+    post: Callable[[events.Event], None],
 ) -> Validator | None:
-    """The validator that a job wants; None if it wants none."""
+    """The validator that a job wants, which tries with this; None if it wants none."""
     wanted = job.checkpoint.validation
     if wanted is None:
         return None
-    place = Workplace.of(job, persister.ledger.run_id)
-    return Validator(wanted, place, folder, persister, post)
+    return Validator(wanted, trial, folder, persister, post)

@@ -1,17 +1,18 @@
 """A process of its own that loads a saved checkpoint and calls the job's function with it.
 
-    python -m runner.training.validate < request.json
+    python -m runner.training.validate FOLDER
 
 It is started by the supervisor, which has read and verified the bytes: it needs no store and is
-given no credentials. It takes only what processor, disk and memory are left over. What came of it
-goes into the file that the request names; what it prints is for people.
+given no credentials. It takes only what processor, disk and memory are left over. It begins when
+its input is closed. What is wanted is in the folder's `request.json`, the state in its `slot`:
 
-    {"path": […], "entrypoint": "module:function", "result": FILE}                    look only
-    {…, "slot": FILE, "marker": {…}, "params": {…}, "gives_way": BOOL}                call it
+    {"path": […], "entrypoint": "module:function"}                        look only
+    {…, "marker": {…}, "params": {…}, "gives_way": BOOL}                  call it
 
-The result is `{"metrics": {…}}`, or `{"metrics": null}` where the function had nothing to say;
-`{"problem": TEXT}` if it failed, and `{"unusable": TEXT}` if there is none that can be called.
-Without a result file, the process died.
+What came of it goes into `result.json`; what it prints is for people. That is
+`{"metrics": {…}}`, or `{"metrics": null}` where the function had nothing to say;
+`{"problem": TEXT}` if it failed, and `{"unusable": TEXT}` if none can be called. Without that file,
+the process died.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+REQUEST, RESULT, SLOT = "request.json", "result.json", "slot"
 EXPECTED = "check(components, *, params, state)"
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h; see PR_SET_PDEATHSIG(2const)
 _NICENESS = 19
@@ -70,12 +72,14 @@ def find(entrypoint: str) -> Callable[..., Any]:
     return function
 
 
-def call(function: Callable[..., Any], request: Mapping[str, Any]) -> dict[str, float] | None:
+def call(
+    function: Callable[..., Any], request: Mapping[str, Any], slot: Path
+) -> dict[str, float] | None:
     """Call the function with what was saved; its metrics, None if it says nothing."""
     from runner.spool import Marker
     from runner.training.saved import open_saved, state_dicts
 
-    saved = open_saved(Path(request["slot"]), Marker(**request["marker"]))
+    saved = open_saved(slot, Marker(**request["marker"]))
     components, state = state_dicts(saved)
     returned = function(components, params=request["params"], state=state)
     if returned is None:
@@ -86,7 +90,9 @@ def call(function: Callable[..., Any], request: Mapping[str, Any]) -> dict[str, 
 
 
 def main() -> int:
-    request = json.loads(sys.stdin.read())
+    folder = Path(sys.argv[1])
+    sys.stdin.read()
+    request = json.loads((folder / REQUEST).read_bytes())
     _be_alone()
     if request.get("gives_way"):
         _give_way()
@@ -94,16 +100,16 @@ def main() -> int:
     result: dict[str, Any]
     try:
         function = find(request["entrypoint"])
-        result = {"metrics": _plain(call(function, request)) if "slot" in request else {}}
+        is_called = "marker" in request
+        result = {"metrics": _plain(call(function, request, folder / SLOT)) if is_called else {}}
     except EntrypointError as error:
         result = {"unusable": str(error)}
     except (Exception, SystemExit) as error:  # noqa: BLE001 - what it raises is the result
         traceback.print_exc()
         result = {"problem": _in_a_line(error)}
-    path = Path(request["result"])
-    temporary = path.with_suffix(".part")
+    temporary = folder / "result.part"
     temporary.write_text(json.dumps(result))
-    temporary.replace(path)
+    temporary.replace(folder / RESULT)
     return 0
 
 

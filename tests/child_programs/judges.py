@@ -33,6 +33,10 @@ def says_nothing(components: dict[str, Any], *, params: Any, state: Any) -> None
     """The data cannot be had just now, for example."""
 
 
+def never_ends(components: dict[str, Any], *, params: Any, state: Any) -> None:
+    threading.Event().wait()
+
+
 def takes_too_little(components: dict[str, Any], params: Any) -> None: ...
 
 

@@ -15,6 +15,18 @@ PATIENCE_SECONDS = 300.0  # a run waits up to two minutes for the last validatio
 pytestmark = pytest.mark.timeout(600)
 
 
+@pytest.fixture(params=["process", "docker"])
+def node(request: pytest.FixtureRequest, new_node: Callable[[str], Node]) -> Node:
+    """A machine whose trainers are processes, and one where they are containers."""
+    node = new_node("node")
+    if request.param == "docker":
+        node.use(request.getfixturevalue("engine"))
+    return node
+
+
+in_a_container = pytest.mark.parametrize("node", ["docker"], indirect=True)
+
+
 def checkpoints(node: Node) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = node.call(
         *("checkpoints", "ls", "job", "--store", str(node.store_folder), "-o", "json")
@@ -80,3 +92,49 @@ def test_a_run_is_not_begun_with_an_entry_point_that_is_not_there(node: Node) ->
     assert "checkpoint.validate.entrypoint: module judges has no 'val_los'" in called.err
     assert "did you mean 'val_loss'?" in called.err
     assert not (node.store_folder / "job").exists()
+
+
+@in_a_container
+def test_a_validation_that_never_ends_keeps_no_preemption_and_no_container(node: Node) -> None:
+    job = node.training(
+        workdir=str(PROGRAMS),
+        params={"befalls": {"1": {"4": "save", "10": "wait"}}},
+        checkpoint={
+            "validate": {"entrypoint": "judges:never_ends"},
+            "every": {"minutes": 600},
+        },
+    )
+    run = node.start("run", job)
+    run.wait_for("step 10")
+    assert node.docker is not None
+    engine = node.docker
+
+    def trying() -> list[str]:
+        return engine.containers("label=runner.run-id=job", "status=running")
+
+    wait_until(lambda: len(trying()) == 2, 60, "a container beside the trainer's")
+    facts = [json.loads(engine.run("inspect", each))[0] for each in trying()]
+    networks = {fact["HostConfig"]["NetworkMode"] for fact in facts}
+    assert networks == {"none"}
+
+    run.send_signal(signal.SIGTERM)
+    node.gate.touch()
+
+    assert run.wait() == 75
+    assert engine.containers("label=runner.run-id=job") == []
+    assert not list(node.store_folder.rglob(".validation/*"))
+    assert {row["validated"] for row in checkpoints(node)} == {None}
+
+
+@in_a_container
+def test_a_validation_that_dies_in_a_container_says_how(node: Node) -> None:
+    job = node.training(
+        workdir=str(PROGRAMS), env={"JUDGE_DIES": "1"}, checkpoint={"validate": VALIDATE}
+    )
+
+    called = node.run("run", job)
+
+    assert called.code == 2
+    assert "checkpoint.validate.entrypoint: it ended with signal SIGSEGV" in called.err
+    assert node.docker is not None
+    assert node.docker.containers("name=runner-trial") == []
