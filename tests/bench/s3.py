@@ -176,34 +176,40 @@ def _own_megabytes() -> float:
 
 
 def measure_requests(place: Place, repetitions: int) -> tuple[list[Figure], list[Check]]:
-    """A save of three small files, retention included: requests and seconds, young and old."""
+    """A save of three small files, retention included: requests and seconds, young and old.
+
+    Of two runs in turn, so that both have the same neighbours.
+    """
+    files = {
+        name: memoryview(secrets.token_bytes(64 << 10))
+        for name in ("model.safetensors", "optimizer.safetensors", "state.json")
+    }
+    before = {"old": _OLD_SAVES, "young": _YOUNG_SAVES - 1}
+    requests: Values = {run: [] for run in before}
+    seconds: Values = {run: [] for run in before}
     with bucket() as there:
-        store = there.store()
-        saver = _persister(store, "run", Keep(last=3))
-        files = {
-            name: memoryview(secrets.token_bytes(64 << 10))
-            for name in ("model.safetensors", "optimizer.safetensors", "state.json")
-        }
-        requests, seconds = [], []
-        for number in range(1, _OLD_SAVES + _SAVES + 1):
-            with counted_requests() as count:
-                seconds.append(_seconds(lambda n=number: _save(saver, n, files)))
-            requests.append(float(count[0]))
-    young = slice(_YOUNG_SAVES - 1, _YOUNG_SAVES - 1 + _SAVES)
-    old = slice(_OLD_SAVES, _OLD_SAVES + _SAVES)
+        savers = {run: _persister(there.store(), run, Keep(last=3)) for run in before}
+        for run, saves in before.items():
+            for number in range(1, saves + 1):
+                _save(savers[run], number, files)
+        for number in range(1, _SAVES + 1):
+            for run, saves in before.items():
+                with counted_requests() as count:
+                    seconds[run].append(
+                        _seconds(lambda r=run, n=saves + number: _save(savers[r], n, files))
+                    )
+                requests[run].append(float(count[0]))
+    young = f"after {_YOUNG_SAVES}"
     return [
-        Figure("requests of a save", "requests", requests[old], limit=10.5),
+        Figure("requests of a save", "requests", requests["old"], limit=10.5),
         Figure(
             f"requests after {_OLD_SAVES} saves",
             "requests",
-            requests[old],
-            Peer(f"after {_YOUNG_SAVES}", requests[young]),
+            requests["old"],
+            Peer(young, requests["young"]),
         ),
         Figure(
-            f"seconds after {_OLD_SAVES} saves",
-            "s",
-            seconds[old],
-            Peer(f"after {_YOUNG_SAVES}", seconds[young]),
+            f"seconds after {_OLD_SAVES} saves", "s", seconds["old"], Peer(young, seconds["young"])
         ),
     ], []
 
