@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import socket
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,24 @@ def test_a_store_that_is_out_of_reach_is_asked_again_while_there_is_patience(
         until_it_answers(Out(*[StoreError("down")] * 99), 0.05)
     with pytest.raises(NobodyAnswers):
         until_it_answers(Out(NobodyAnswers("port 9")), 0)
+
+
+def test_a_call_that_never_comes_back_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runner.supervisor.preflight._LONGEST_LOOK", 0.1)
+    gone = threading.Event()
+    calls: list[int] = []
+
+    def ask() -> bool:
+        calls.append(1)
+        return gone.wait()
+
+    try:
+        for patience in (0.0, 0.1):
+            with pytest.raises(NobodyAnswers, match="has not come back in 0"):
+                until_it_answers(ask, patience)
+        assert len(calls) == 2, "one that stands still is not joined by another"
+    finally:
+        gone.set()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A thread for work that gives way to the trainer."""
+"""A thread for work that may stand still, and by default gives way to the trainer."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ _NICENESS = 10
 
 
 class Courteous(Generic[T]):
-    """Does one thing after another, as nice as `nice 10`.
+    """Does one thing after another.
 
     Unlike an executor's threads, which the interpreter waits for when it ends, this one does not
     keep a process alive in which a call of a file system stands still.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, niceness: int = _NICENESS) -> None:
+        self._niceness = niceness
         self._work: queue.SimpleQueue[tuple[Callable[[], T], Future[T]] | None]
         self._work = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -40,7 +41,7 @@ class Courteous(Generic[T]):
 
     def _run(self) -> None:
         # On Linux niceness is a thread's, and the threads that it starts inherit it.
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), self._niceness)
         while (item := self._work.get()) is not None:
             work, future = item
             try:

@@ -17,6 +17,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import wait
 from pathlib import Path
 from typing import TypeVar
 from urllib.parse import urlsplit
@@ -34,6 +35,7 @@ from runner.errors import (
 from runner.job import Job, is_s3
 from runner.launch.site import Site
 from runner.store import S3Options, Store, open_store
+from runner.supervisor.courteous import Courteous
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -43,6 +45,7 @@ _CONNECT_SECONDS = 5.0
 _LOOKS_AT_SERVER = 3
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 1.0, 30.0
 _MAX_PROBE_BYTES = 64
+_LONGEST_LOOK = 300.0  # seconds: longer than a server is asked again by the store itself
 _IMPORT_SECONDS = 120.0
 _ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 
@@ -141,11 +144,15 @@ def check_writable(job: Job, store: Store) -> None:
 
 
 def until_it_answers(ask: Callable[[], T], patience_seconds: float) -> T:
-    """Ask the store again while it is out of reach, as long as there is patience."""
+    """Ask the store again while it is out of reach, as long as there is patience.
+
+    A call that does not come back, as of a network file system whose server is gone, is left alone
+    then; where there is no patience at all, after five minutes. NobodyAnswers says so.
+    """
     until, pause = time.monotonic() + patience_seconds, _FIRST_PAUSE_SECONDS
     while True:
         try:
-            return ask()
+            return _within(patience_seconds or _LONGEST_LOOK, ask)
         except (NobodyAnswers, StoreError) as error:
             left = until - time.monotonic()
             if left <= 0 or not is_outage(error):
@@ -153,6 +160,17 @@ def until_it_answers(ask: Callable[[], T], patience_seconds: float) -> T:
             log.error("the store is out of reach, tried again in %.3g s: %s", pause, error)
         time.sleep(min(pause, left))
         pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+
+
+def _within(seconds: float, ask: Callable[[], T]) -> T:
+    """What comes of a call, in a thread that is left behind if it stands still."""
+    asking = Courteous[T]("first look", niceness=0)
+    answer = asking.submit(ask)
+    wait([answer], seconds)
+    if not answer.done():
+        raise NobodyAnswers(f"a call of the store has not come back in {seconds:.3g} s")
+    asking.finish()
+    return answer.result()
 
 
 def endpoint_of(options: S3Options) -> tuple[str, str | None]:

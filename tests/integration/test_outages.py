@@ -217,6 +217,17 @@ def test_a_start_that_never_comes_back_is_given_up(node: Node, undisturbed: str)
     assert node.records()[-1].start_step == 7
 
 
+def test_the_first_look_at_a_store_is_given_up_too(node: Node) -> None:
+    """Before there is a supervisor. The process must end though a thread of it stands still."""
+    job = node.training(params={"epochs": 1}, restart={"store_timeout": "1s"})
+    node.store_folder.joinpath("job").mkdir(parents=True)
+    with stuck(node.store_folder / "job" / "run.json"):
+        unattended = node.start("run", job)
+        assert unattended.wait(60) == 75, unattended.err
+    assert "the store was out of reach for 1 s: a call of the store has not" in unattended.err
+    assert node.spools() == []
+
+
 # ---------------------------------------------------------------- disks and memory
 
 
