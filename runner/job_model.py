@@ -202,8 +202,8 @@ class Checkpoint(Part):
     max_state_bytes: Size | None = Field(
         default=None,
         alias="max_state",
-        description="The largest that the state may be, where the spool's size has to be known"
-        " before the run: in Kubernetes.",
+        description="The largest that the state may be, where its size has to be known before the"
+        " run: in Kubernetes, and in a container whose memory is limited.",
         examples=["12Gi"],
     )
 

@@ -232,6 +232,9 @@ def test_a_limit_that_the_slots_use_up_is_refused() -> None:
     with pytest.raises(UsageError, match="1000 MB are not enough for 2 slots of 500 MB"):
         check_memory(job(resources={"memory": "1G"}), 5 * 10**8)
     check_memory(job(resources={"memory": "1G"}, checkpoint={"slots": 0}), 5 * 10**8)
+    with pytest.raises(UsageError, match=r"not enough for 2 slots of 500 MB"):
+        check_memory(job(resources={"memory": "1G"}, checkpoint={"max_state": "500M"}), None)
+    check_memory(job(resources={"memory": "1G"}, checkpoint={"max_state": "500M"}), 10**8)
 
 
 def test_what_is_missing_for_gpus_is_told_in_order(tmp_path: Path) -> None:

@@ -121,8 +121,13 @@ def site_for(
 
 
 def check_memory(job: Job, state_bytes: int | None) -> None:
-    """UsageError if the slots alone take all the memory that the container may have."""
+    """UsageError if the slots alone take all the memory that the container may have.
+
+    Before there is a checkpoint, the state is as large as the job says it may become.
+    """
     limit, slots = job.resources.memory, job.checkpoint.slots
+    if state_bytes is None:
+        state_bytes = job.checkpoint.max_state_bytes
     if limit is None or state_bytes is None or slots * state_bytes < limit:
         return
     raise UsageError(
