@@ -103,6 +103,11 @@ class Ledger:
         self._late: AttemptRecord | None = None  # that the store has refused
         self._changing = threading.Lock()
 
+    @property
+    def attempt(self) -> int:
+        """The number of the attempt that was claimed last, 0 before the first."""
+        return 0 if self.record is None else self.record.attempt
+
     def run(self) -> dict[str, Any] | None:
         """`run.json`, or None if the run does not exist."""
         try:

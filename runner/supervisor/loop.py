@@ -14,7 +14,6 @@ import signal
 import socket
 import threading
 import time
-from datetime import UTC, datetime, timedelta
 from types import FrameType
 from typing import Any
 
@@ -22,10 +21,10 @@ from watchdog.events import FileMovedEvent, FileSystemEvent, FileSystemEventHand
 from watchdog.observers import Observer
 from watchdog.observers.api import BaseObserver
 
-from runner.board import Board, Why
+from runner.board import Why
 from runner.checkpoint.archive import Archive
-from runner.checkpoint.attempts import Ledger, utc_now
-from runner.checkpoint.keeper import Keeper, is_foreign
+from runner.checkpoint.attempts import Ledger
+from runner.checkpoint.keeper import Keeper
 from runner.checkpoint.outputs import Outputs
 from runner.checkpoint.persist import Persister
 from runner.checkpoint.provenance import collect, keep_changes, mask_secrets
@@ -52,6 +51,7 @@ from runner.supervisor.gauges import Sight
 from runner.supervisor.journal import Journal
 from runner.supervisor.monitor import Monitor
 from runner.supervisor.reaper import become_subreaper, reap_orphans
+from runner.supervisor.recording import Recorder
 from runner.supervisor.trainer import Trainer
 from runner.supervisor.upkeep import policy_of
 from runner.supervisor.validator import validator_of
@@ -126,9 +126,7 @@ class Supervisor:
             self._rank,
             job.resources.memory_guard,
         )
-        self._first_step_seen = False
-        self._last_saved_at: float | None = None
-        self._closed_attempt = 0
+        self._recorder = Recorder(self._clerk, self._rank, self._monitor, ledger)
         self._begin_at = assignment.begin_at
         self._clouds = Watch(
             job.preemption.notices,
@@ -233,8 +231,8 @@ class Supervisor:
         self._journal.look()
         code = self._trainer.exit_code(now, self._clerk.board)
         if code is not None:
-            return self._exited(code)
-        self._note_look()
+            return self._recorder.exited(code, self._trainer.verdict)
+        self._recorder.look()
         # Before the tick, which asks whether it hangs; and a trainer that always moves stops none.
         for event in self._trainer.look(now, self._clerk.board):
             self._events.put(event)
@@ -250,46 +248,6 @@ class Supervisor:
         waits = state.phase in (machine.Phase.STARTING, machine.Phase.RESTORING)
         longest = self._policy.store_timeout_seconds
         return waits and state.retry_at is None and now - self._clerk.moved_at >= longest
-
-    def _exited(self, code: int) -> events.Exited:
-        board = self._clerk.board
-        step = 0 if board is None else board.step
-        facts = self._monitor.facts()
-        self._clerk.record(
-            exit_code=code, end_step=self._reached(board), ended_at=utc_now(), **facts
-        )
-        if code == 0 and board is not None and board.restored and not board.finished:
-            log.warning(
-                "the script ended before its loop over %s did: what is saved is the newest "
-                "snapshot; end early with run.stop(reason) to save the last state",
-                "epochs" if board.epochs else "batches",
-            )
-        left = [*self._rank.complete(), *self._rank.claimed()]
-        steps = [int(marker.moment["step"]) for marker in left if not is_foreign(marker)]
-        newest = max(steps, default=-1)
-        cause, explanation = self._trainer.verdict or ("", "")
-        if cause:
-            log.error("%s", explanation)
-        return events.Exited(time.monotonic(), code, self._obeyed(), newest, step, cause)
-
-    def _note_look(self) -> None:
-        board = self._clerk.board
-        if board is None:
-            return
-        board.supervisor_pid, board.supervisor_ns = os.getpid(), time.monotonic_ns()
-        if not self._first_step_seen and board.first_step_ns:
-            self._first_step_seen = True
-            self._clerk.record(
-                first_step_at=_wall_clock(board.first_step_ns / 1e9),
-                expected_steps=board.expected_steps or None,
-                **self._monitor.facts(),
-            )
-        elif self._monitor.is_time_to_write(time.monotonic()):
-            self._clerk.record(**self._monitor.facts())
-
-    def _obeyed(self) -> bool:
-        board = self._clerk.board
-        return board is not None and 0 < board.request_number == board.answered
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         """Runs between two bytecodes of the main thread: it only leaves a note."""
@@ -334,7 +292,7 @@ class Supervisor:
         if isinstance(event, events.Persisted):
             self._journal.saved(event.record)
         if isinstance(event, events.Saved):
-            self._last_saved_at = max(event.at, self._last_saved_at or event.at)
+            self._recorder.saved(event.at)
         if self._state.phase is not before.phase or isinstance(event, events.Saved):
             self._publish()
         if self._validator is not None:
@@ -367,7 +325,9 @@ class Supervisor:
                 case events.KillTree():
                     self._end_trainer()
                 case events.EndAttempt(outcome, cause):
-                    self._close_record(outcome, cause)
+                    if self._recorder.is_open:
+                        self._journal.attempt_ended()
+                        self._recorder.close(outcome, cause, self._state.notice_at)
                 case events.Say(message, is_error):
                     log.log(logging.ERROR if is_error else logging.INFO, "%s", message)
 
@@ -384,11 +344,13 @@ class Supervisor:
 
     def _start_trainer(self) -> None:
         self._end_trainer()
-        self._first_step_seen = False
+        self._recorder.begin()
         places = self._launcher.places
-        plan = plan_for(self._assignment, self._attempt, places, self._files)
+        plan = plan_for(self._assignment, self._ledger.attempt, places, self._files)
         self._spool.write_plan(plan.to_json())
-        self._trainer.start(self._attempt, variables_for(self._assignment, self._attempt, places))
+        self._trainer.start(
+            self._ledger.attempt, variables_for(self._assignment, self._ledger.attempt, places)
+        )
 
     def _ask(self, kind: Any, why: Why, deadline: float) -> None:
         board = self._clerk.board
@@ -403,30 +365,9 @@ class Supervisor:
         code = self._trainer.end()
         self._journal.look()
         if code is not None:
-            self._events.put(self._exited(code))
-
-    def _close_record(self, outcome: str, cause: str) -> None:
-        if self._closed_attempt == self._attempt:
-            return  # it failed, and the end came while the next one was being prepared
-        self._closed_attempt = self._attempt
-        self._journal.attempt_ended()
-        board = self._clerk.board
-        changes: dict[str, Any] = {"outcome": outcome, "cause": cause, "ended_at": utc_now()}
-        if board is not None:
-            changes["end_step"] = self._reached(board)
-            if board.first_step_ns:
-                changes["first_step_at"] = _wall_clock(board.first_step_ns / 1e9)
-        notice = self._state.notice_at
-        durable = self._last_saved_at
-        if notice is not None and durable is not None and durable >= notice:
-            changes["notice_to_durable_seconds"] = durable - notice
-        self._clerk.record(**changes, **self._monitor.facts(ended=True))
+            self._events.put(self._recorder.exited(code, self._trainer.verdict))
 
     # ------------------------------------------------------------------ the rest
-
-    @property
-    def _attempt(self) -> int:
-        return 0 if self._ledger.record is None else self._ledger.record.attempt
 
     def _sight(self) -> Sight:
         return Sight(
@@ -436,11 +377,6 @@ class Supervisor:
             pid_here=lambda pid: self._trainer.pid_here(pid),
             newest=lambda: self._journal.newest,
         )
-
-    def _reached(self, board: Board | None) -> int:
-        """The last finished step; where it began, for a trainer that has not restored its state."""
-        began = 0 if self._ledger.record is None else self._ledger.record.start_step
-        return began if board is None else max(board.step, began)
 
     def _outputs(self, store: Store) -> Outputs:
         limit = self._job.outputs.max_size_bytes
@@ -475,7 +411,7 @@ class Supervisor:
             "store": self._store.url,
             "pid": os.getpid(),
             "phase": self._state.phase.value,
-            "attempt": self._attempt,
+            "attempt": self._ledger.attempt,
             "cause": self._state.cause,
             "emergency_seconds": self._state.emergency_seconds,
             "metrics": self._monitor.address,
@@ -518,9 +454,3 @@ class Supervisor:
         else:
             log.warning("%s keeps the newest state for the next start here", self._spool.path)
             self._spool.close()
-
-
-def _wall_clock(monotonic_seconds: float) -> str:
-    """The time of day of a moment on the monotonic clock."""
-    ago = time.monotonic() - monotonic_seconds
-    return (datetime.now(UTC) - timedelta(seconds=ago)).isoformat()
