@@ -34,7 +34,13 @@ from runner.job import Job
 from runner.launch.process import TrainerProcess
 from runner.launch.process_tree import read_entry
 from runner.launch.site import ProcessSite
-from runner.launch.trial import Answer, ProcessTrial, read_answer, trial_environment
+from runner.launch.trial import (
+    Answer,
+    ProcessTrial,
+    read_answer,
+    too_late,
+    trial_environment,
+)
 from runner.saves import SaveRecord
 from runner.spool import open_slot
 from runner.store import DirectoryStore
@@ -260,6 +266,32 @@ def test_one_that_hangs_is_ended(tmp_path: Path) -> None:
         os.kill(trial.pid, 0)
 
 
+def test_whatever_it_has_started_ends_with_it(tmp_path: Path) -> None:
+    said = tmp_path / "child"
+    over = threading.Event()
+    trial = trial_in(tmp_path, {"JUDGE_HAS_A_CHILD": str(said), "JUDGE_HANGS": "1"})
+    trial.begin()
+    wait_until(lambda: said.exists() and said.read_text(), 30, "a child of its own")
+    child = read_entry(int(said.read_text()))
+    assert child is not None
+
+    over.set()
+    assert trial.wait(60.0, over) is None
+
+    def is_gone() -> bool:
+        now = read_entry(child.pid)
+        return now is None or now.identity != child.identity or not now.alive
+
+    wait_until(is_gone, 10, "the end of that child")
+
+
+def test_what_others_have_of_the_processor_is_not_its_time() -> None:
+    assert too_late(9.0, 0.0, 10.0) is None
+    assert too_late(11.0, 0.0, 10.0) == Answer(problem="it took longer than 10s")
+    assert too_late(59.0, 55.0, 10.0) is None
+    assert too_late(61.0, 60.0, 10.0) == Answer(unusable="there was no processor for it")
+
+
 def test_one_that_dies_says_how(tmp_path: Path) -> None:
     _, answer = tried(tmp_path, 60.0, threading.Event(), JUDGE_DIES="1")
 
@@ -378,9 +410,9 @@ class Supervised:
         self.validator: Validator = found
         self.validator.start()
 
-    def saved(self, manifest: Manifest, state: State = SUCCEEDED) -> None:
+    def saved(self, manifest: Manifest, state: State = SUCCEEDED, scope: str = "full") -> None:
         moment = manifest.moment
-        record = SaveRecord(manifest.name, 1, moment.step, 0.0, moment.triggers)
+        record = SaveRecord(manifest.name, 1, moment.step, 0.0, moment.triggers, scope=scope)
         self.validator.heard(events.Persisted(0.0, record), state)
 
     def results(self) -> list[tuple[str, str]]:
@@ -454,6 +486,33 @@ def test_where_nothing_can_be_said_there_is_no_verdict(
 
     assert at_work.wait_for(1) == [(manifest.name, "unknown")]
     assert Archive(store, RUN).validation(manifest.name) is None
+
+
+def test_one_for_which_there_is_no_memory_is_not_begun(
+    store: DirectoryStore,
+    supervised: Callable[..., Supervised],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("runner.supervisor.validator.available_bytes", lambda folder: 512 << 20)
+    manifest = save(store)
+    at_work = supervised()
+
+    at_work.saved(manifest)
+
+    assert at_work.wait_for(1) == [(manifest.name, "unknown")]
+    (told,) = [each for each in at_work.told if isinstance(each, events.Validated)]
+    assert told.reason == "it needs 537 MB, and there are 537 MB"
+
+
+def test_the_weights_alone_are_not_tried(
+    store: DirectoryStore, supervised: Callable[..., Supervised]
+) -> None:
+    at_work = supervised(entrypoint="judges:not_there")
+    at_work.saved(save(store), scope="weights")
+
+    at_work.validator.finish(lambda: True)
+
+    assert at_work.results() == []
 
 
 def test_one_that_gives_way_leaves_no_verdict_and_the_next_is_due(
