@@ -12,6 +12,7 @@ import http.server
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -164,6 +165,33 @@ def test_the_compose_file_has_known_keys_and_names_what_there_is() -> None:
     text = COMPOSE.read_text()
     assert "minio" not in text.lower(), "its images are no longer published"
     assert not re.findall(r"\$\{[A-Z_]+\}", text), "each variable has a default or is demanded"
+
+
+def composed(**env: str) -> subprocess.CompletedProcess[str]:
+    """How a tool of the trade reads it: variables filled in, short forms written out."""
+    if shutil.which("podman") is None:
+        pytest.skip("podman-compose asks for podman: install the Debian package")
+    command = [sys.executable, "-m", "podman_compose", "-f", str(COMPOSE), "config"]
+    environment = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), **env}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_the_compose_file_is_read_by_podman_compose_as_it_is_meant() -> None:
+    done = composed(S3_ACCESS_KEY="an-id", S3_SECRET_KEY="a-secret", BASE_IMAGE="a-base")
+    without = composed(S3_ACCESS_KEY="an-id")
+
+    assert done.returncode == 0, done.stderr
+    read = yaml.safe_load(done.stdout)
+    assert set(read["services"]) == set(compose()["services"])
+    job = read["services"]["job"]
+    assert (job["read_only"], job["cap_drop"], job["restart"]) == (True, ["ALL"], "on-failure:20")
+    assert job["depends_on"]["bucket"]["condition"] == "service_completed_successfully"
+    assert job["environment"]["AWS_SECRET_ACCESS_KEY"] == "a-secret"
+    assert "BASE_IMAGE=a-base" in job["build"]["args"]
+    assert Path(job["build"]["context"]) == ROOT
+    assert read["configs"] == compose()["configs"]
+    assert without.returncode != 0
+    assert "required variable S3_SECRET_KEY is missing a value: choose one" in without.stderr
 
 
 def test_the_job_of_the_compose_file_is_one_and_is_scraped(tmp_path: Path) -> None:
