@@ -151,6 +151,33 @@ def test_a_killed_or_crashed_trainer_goes_on_with_its_newest_snapshot(
     ]
 
 
+def test_without_slots_in_memory_saves_go_through_one_on_the_disk(
+    node: Node, undisturbed: str
+) -> None:
+    job = node.training(
+        params={"befalls": {"1": {"6": "wait", "7": "kill"}, "2": {"9": "wait"}}},
+        checkpoint={"slots": 0, "every": {"steps": 4}},
+    )
+    supervisor = start(node, job, "step 6")
+    wait_until(node.manifests, what="the save at step 4")
+    node.gate.touch()
+    supervisor.wait_for("importing", times=2)
+    node.gate.unlink()
+    supervisor.wait_for("step 9")
+    (slot,) = [path for path in node.folder.parent.rglob(".slots/*") if path.is_file()]
+    in_memory = [path for path in node.memory.rglob("slot-*") if path.suffix != ".json"]
+    assert [path.resolve() for path in in_memory] == [slot.resolve()]
+    ask(node, supervisor, signal.SIGTERM)
+
+    assert supervisor.wait() == 75
+    assert [(r.start_step, r.end_step, r.outcome) for r in node.records()] == [
+        (0, 6, "failed"),
+        (4, 9, "preempted"),
+    ]
+    assert not slot.exists()
+    assert finish(node, job) == undisturbed
+
+
 @with_podman
 def test_a_hung_trainer_behind_a_shell_shows_its_stacks_and_is_started_again(
     node: Node, undisturbed: str
