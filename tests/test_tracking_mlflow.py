@@ -138,6 +138,42 @@ def test_the_best_checkpoint_is_promoted_without_a_pickle(
     assert (weights["0.weight"].numpy() == saved["0.weight"]).all()
 
 
+@pytest.mark.parametrize(
+    ("name", "alias", "problem"),
+    [
+        ("a/b:c", "champion", "Invalid model name"),
+        ("", "champion", "name"),
+        ("refused", "latest", "alias name"),
+        ("refused", "v3", "alias"),
+    ],
+)
+def test_names_that_mlflow_refuses_leave_nothing_in_the_registry(
+    undisturbed: Node, server: MLflowServer, name: str, alias: str, problem: str
+) -> None:
+    called = undisturbed.call(
+        *("promote", "undisturbed", "--best", "--name", name, "--alias", alias)
+    )
+
+    assert called.code == 2, called.err
+    assert "MLflow refuses that" in called.err
+    assert problem in called.err
+    assert "refused" not in [each.name for each in client(server).search_registered_models()]
+    assert client(server).search_model_versions("name='refused'") == []
+
+
+def test_an_alias_that_is_refused_takes_back_the_version_and_no_other(
+    undisturbed: Node, server: MLflowServer
+) -> None:
+    promote = ("promote", "undisturbed", "--best", "--name", "kept")
+    assert undisturbed.call(*promote).code == 0
+
+    called = undisturbed.call(*promote, "--alias", "latest")
+
+    assert called.code == 2
+    versions = client(server).search_model_versions("name='kept'")
+    assert [str(each.version) for each in versions] == ["1"]
+
+
 def test_a_name_that_is_taken_is_not_touched(undisturbed: Node, server: MLflowServer) -> None:
     client(server).create_registered_model("somebody-elses")
     called = undisturbed.call("promote", "undisturbed", "--best", "--name", "somebody-elses")

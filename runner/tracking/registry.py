@@ -47,27 +47,39 @@ class Promotion:
 
 
 def register(export: Path, promotion: Promotion, uri: str | None, workdir: Path) -> str:
-    """Register an export; the number of the version. UsageError if the name is somebody else's.
+    """Register an export; the number of the version.
 
-    Nothing is registered if anything fails. TrackerError if MLflow does not do it.
+    UsageError if the name is somebody else's, or MLflow takes no such name or alias. TrackerError
+    if MLflow does not do it. Nothing is registered if anything fails.
     """
     client = client_for(uri, workdir)
-    with _as_tracker_error():
+    with _as_our_error():
         is_new = _check_name(client, promotion)
         run = client.get_run(promotion.mlflow_id)
         place = f"models/{promotion.checkpoint}"
         client.log_artifacts(promotion.mlflow_id, str(_packed(export, promotion)), place)
-        if is_new:
-            client.create_registered_model(promotion.name, tags={JOB_TAG: promotion.job})
-        version = client.create_model_version(
-            promotion.name,
-            source=f"{run.info.artifact_uri}/{place}",
-            run_id=promotion.mlflow_id,
-            tags=dict(promotion.tags),
-        )
+        return _as_version(client, promotion, f"{run.info.artifact_uri}/{place}", is_new)
+
+
+def _as_version(client: Any, promotion: Promotion, source: str, is_new: bool) -> str:
+    """The version that `source` has become, with its alias; taken back if that fails."""
+    name, version = promotion.name, None
+    if is_new:
+        client.create_registered_model(name, tags={JOB_TAG: promotion.job})
+    try:
+        tags = dict(promotion.tags)
+        made = client.create_model_version(name, source, promotion.mlflow_id, tags=tags)
+        version = str(made.version)
         if promotion.alias is not None:
-            client.set_registered_model_alias(promotion.name, promotion.alias, version.version)
-    return str(version.version)
+            client.set_registered_model_alias(name, promotion.alias, version)
+    except MlflowException:
+        with contextlib.suppress(MlflowException):
+            if version is not None:
+                client.delete_model_version(name, version)
+            if is_new:
+                client.delete_registered_model(name)
+        raise
+    return version
 
 
 def _check_name(client: Any, promotion: Promotion) -> bool:
@@ -101,8 +113,11 @@ def _packed(export: Path, promotion: Promotion) -> Path:
 
 
 @contextlib.contextmanager
-def _as_tracker_error() -> Iterator[None]:
+def _as_our_error() -> Iterator[None]:
     try:
         yield
     except MlflowException as error:
-        raise TrackerError(f"MLflow does not do it: {' '.join(str(error).split())}") from error
+        words = " ".join(str(error).split())
+        if error.error_code == "INVALID_PARAMETER_VALUE":
+            raise UsageError(f"MLflow refuses that: {words}") from error
+        raise TrackerError(f"MLflow does not do it: {words}") from error
