@@ -64,16 +64,23 @@ class NobodyAnswers(UsageError):
 
 
 class UnknownName(UsageError):
-    """A name that nothing of a kind answers to in a place, with the nearest ones that exist."""
+    """A name that nothing of a kind answers to in a place: with the nearest ones that exist, or
+    else with a remedy.
+    """
 
     def __init__(
-        self, kind: str, name: str, known: list[str] | tuple[str, ...] = (), place: str = ""
+        self,
+        kind: str,
+        name: str,
+        known: list[str] | tuple[str, ...] = (),
+        place: str = "",
+        remedy: str = "",
     ) -> None:
         import difflib
 
         self.kind, self.name = kind, name
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        hint = f"; did you mean {' or '.join(near)}?" if near else remedy and f"; {remedy}"
         super().__init__(" ".join(filter(None, ("there is no", kind, repr(name), place))) + hint)
 
 

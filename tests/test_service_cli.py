@@ -450,6 +450,7 @@ def test_what_two_checkpoints_differ_in_is_told(finished: Node) -> None:
 @pytest.mark.parametrize(
     ("one", "other", "message"),
     [("jb", "job", "there is no run 'jb' on this machine; did you mean job"),
+     ("zzz", "job", "there is no run 'zzz' on this machine; name its store with --store"),
      ("job", "job:9", "there is no checkpoint '9' of run job"),
      ("job:lates", ":8", "did you mean")],
 )  # fmt: skip

@@ -101,7 +101,9 @@ def find_run(name: str, where: Where = Where()) -> KnownRun:
         for entry in known:
             if entry.run_id == name:
                 return run_of(entry)
-        raise UnknownName("run", name, [entry.run_id for entry in known], "on this machine")
+        names = [entry.run_id for entry in known]
+        remedy = "name its store with --store, if it was started elsewhere"
+        raise UnknownName("run", name, names, "on this machine", remedy)
     opened = _opened(where, known)
     if Ledger(opened, name, "").run() is None:
         raise UnknownName("run", name, opened.children(""), f"in {where.store}")
