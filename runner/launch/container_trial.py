@@ -24,7 +24,7 @@ from runner.launch.namespace import first_process, inhabitants
 from runner.launch.trial import Answer, read_answer, too_late, waited_seconds
 from runner.launch.users import owner_of
 from runner.spool import give_to
-from runner.training.validate import REQUEST
+from runner.trial_files import REQUEST
 
 _ASK_SECONDS = 0.2
 

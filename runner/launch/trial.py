@@ -26,7 +26,7 @@ from runner.job import Job
 from runner.job_launch import import_folders, interpreter
 from runner.launch.process import build_environment
 from runner.launch.process_tree import MARK_VARIABLE, mark_prefix, read_entry
-from runner.training.validate import REQUEST, RESULT
+from runner.trial_files import REQUEST, RESULT
 from runner.units import format_duration
 
 PROGRAM = ("-m", "runner.training.validate")

@@ -40,7 +40,7 @@ from runner.memory import available_bytes
 from runner.spool import open_slot
 from runner.supervisor import events
 from runner.supervisor.state import Phase, State
-from runner.training.validate import SLOT
+from runner.trial_files import SLOT
 
 log = logging.getLogger(__name__)
 

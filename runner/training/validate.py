@@ -32,7 +32,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-REQUEST, RESULT, SLOT = "request.json", "result.json", "slot"
+from runner.trial_files import REQUEST, RESULT, SLOT
+
 EXPECTED = "check(components, *, params, state)"
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h; see PR_SET_PDEATHSIG(2const)
 _NICENESS = 19

@@ -7,7 +7,7 @@ import signal
 from collections.abc import Callable
 
 import pytest
-from nodes import PROGRAMS, Node
+from nodes import PROGRAMS, Node, Started
 from waiting import wait_until
 
 VALIDATE = {"entrypoint": "judges:val_loss"}
@@ -94,36 +94,60 @@ def test_a_run_is_not_begun_with_an_entry_point_that_is_not_there(node: Node) ->
     assert not (node.store_folder / "job").exists()
 
 
-@in_a_container
-def test_a_validation_that_never_ends_keeps_no_preemption_and_no_container(node: Node) -> None:
+@pytest.fixture
+def endless(node: Node) -> Started:
+    """A run that waits in step 10, beside a validation that never ends."""
     job = node.training(
         workdir=str(PROGRAMS),
         params={"befalls": {"1": {"4": "save", "10": "wait"}}},
         checkpoint={
-            "validate": {"entrypoint": "judges:never_ends"},
+            "validate": {"entrypoint": "judges:never_ends", "timeout": "10m"},
             "every": {"minutes": 600},
         },
     )
     run = node.start("run", job)
     run.wait_for("step 10")
+    wait_until(lambda: len(containers(node)) == 2, 60, "a container beside the trainer's")
+    return run
+
+
+def containers(node: Node) -> list[str]:
     assert node.docker is not None
-    engine = node.docker
+    return node.docker.containers("label=runner.run-id=job")
 
-    def trying() -> list[str]:
-        return engine.containers("label=runner.run-id=job", "status=running")
 
-    wait_until(lambda: len(trying()) == 2, 60, "a container beside the trainer's")
-    facts = [json.loads(engine.run("inspect", each))[0] for each in trying()]
-    networks = {fact["HostConfig"]["NetworkMode"] for fact in facts}
-    assert networks == {"none"}
+@in_a_container
+def test_a_validation_that_never_ends_keeps_no_preemption_and_no_container(
+    node: Node, endless: Started
+) -> None:
+    assert node.docker is not None
+    facts = [json.loads(node.docker.run("inspect", each))[0] for each in containers(node)]
+    assert {fact["HostConfig"]["NetworkMode"] for fact in facts} == {"none"}
 
-    run.send_signal(signal.SIGTERM)
+    endless.send_signal(signal.SIGTERM)
     node.gate.touch()
 
-    assert run.wait() == 75
-    assert engine.containers("label=runner.run-id=job") == []
+    assert endless.wait() == 75
+    assert containers(node) == []
     assert not list(node.store_folder.rglob(".validation/*"))
     assert {row["validated"] for row in checkpoints(node)} == {None}
+
+
+@in_a_container
+def test_what_a_killed_supervisor_was_validating_ends_before_the_next_attempt(
+    node: Node, endless: Started
+) -> None:
+    left = containers(node)
+    endless.send_signal(signal.SIGKILL)
+    assert endless.wait() == -signal.SIGKILL
+    node.gate.touch()
+
+    again = node.start("run", str(node.folder / "job.json"))
+    again.wait_for("importing")
+
+    assert not set(left) & set(containers(node))
+    again.send_signal(signal.SIGTERM)
+    assert again.wait() == 75
 
 
 @in_a_container
