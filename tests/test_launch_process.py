@@ -3,7 +3,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -309,20 +308,6 @@ def test_exit_codes_survive_sigchld_inherited_as_ignored() -> None:
     assert output == "code 3\n"
 
 
-def test_a_selector_hears_of_the_end_at_once(trainers: Trainers) -> None:
-    trainer = trainers.start("waits.py")
-    handle = trainer.wait_handle()
-    assert handle is not None
-    poller = select.poll()
-    poller.register(handle, select.POLLIN)
-    assert poller.poll(0) == []
-
-    trainer.send_signal(signal.SIGKILL)
-
-    assert poller.poll(5000)
-    assert trainer.poll() == -signal.SIGKILL
-
-
 def test_the_trainer_outlives_a_supervisor_that_is_killed(tmp_path: Path) -> None:
     supervisor = subprocess.Popen(
         [sys.executable, PROGRAMS / "leaves_its_trainer.py", PROGRAMS / "waits.py"],
@@ -599,7 +584,7 @@ def test_it_works_where_there_are_no_pidfds(
 
     monkeypatch.setattr(os, "pidfd_open", refuse)
     trainer = trainers.start("starts_daemons.py", "2")
-    assert trainer.wait_handle() is None
+    assert trainer.poll() is None
 
     trainer.send_signal(signal.SIGUSR1)
 

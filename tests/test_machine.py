@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from runner import exitcodes
 from runner.board import Request, Why
 from runner.saves import SaveRecord
-from runner.supervisor.events import Persisted, Validated
+from runner.supervisor.events import ChildEnded, Persisted, Validated
 from runner.supervisor.machine import (
     TERMINAL,
     Action,
@@ -1265,6 +1265,27 @@ def test_preemptions_neither_count_as_failures_nor_as_progress() -> None:
     assert (after.failures, after.durable_step) == (before.failures, before.durable_step)
 
 
+def test_it_is_known_when_the_next_attempt_begins_and_the_tick_at_that_moment_begins_it() -> None:
+    running, _ = play(TRAINED)
+    crashed, _ = step(running, Exited(3.0, 1))
+    assert running.begins_at is None
+    assert crashed.begins_at == crashed.retry_at == 4.0
+
+    assert step(crashed, Tick(3.9)) == (crashed, [])
+    begun, actions = step(crashed, Tick(crashed.begins_at))
+
+    assert actions == [Claim()]
+    assert begun.begins_at is None
+
+
+def test_an_attempt_does_not_begin_by_time_alone_while_a_state_is_still_being_fetched() -> None:
+    crashed, _ = play([*RESTORING, Exited(0.15, 1)])
+    fetched, _ = step(crashed, RestoreReady(9.0, 0))
+
+    assert crashed.begins_at is None
+    assert fetched.begins_at == fetched.retry_at == 1.15
+
+
 def test_the_backoff_doubles_up_to_its_longest() -> None:
     policy = Policy(failures=20, backoff_initial_seconds=1.0, backoff_max_seconds=10.0)
     state, _ = begin(policy)
@@ -1602,6 +1623,7 @@ EVENTS_OF_EACH_KIND: list[Event] = [
     FencedOff(999.0, "x"),
     StoreGone(999.0, "x"),
     Tick(9999.0),
+    ChildEnded(999.0),
 ]
 
 

@@ -212,14 +212,6 @@ class TrainerProcess:
     def pid(self) -> int:
         return self._process.pid
 
-    def wait_handle(self) -> int | None:
-        """A descriptor that becomes readable when the trainer has ended, for a selector.
-
-        It stays readable, so stop waiting for it then, and in any case before `close`. None where
-        the system has no pidfds: ask `poll` at every tick.
-        """
-        return self._handle
-
     @property
     def pids(self) -> list[int]:
         """The processes whose exit codes belong to this object: the caller must not reap them."""

@@ -217,6 +217,11 @@ class Tick(Event):
     """Time has passed."""
 
 
+@dataclass(frozen=True)
+class ChildEnded(Event):
+    """Some child of this process has ended: it is time to look which."""
+
+
 # ---------------------------------------------------------------------------- actions
 
 

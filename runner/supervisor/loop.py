@@ -159,6 +159,7 @@ class Supervisor:
         self._journal.start()
         self._monitor.start()
         become_subreaper()
+        before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, self._on_child)
         (self._spool.path / "stop").unlink(missing_ok=True)  # meant for a supervisor before
         for left in self._launcher.end_leftovers():
             log.warning("killed %s, left by a supervisor that is dead", left)
@@ -204,15 +205,22 @@ class Supervisor:
     def _next_event(self) -> events.Event:
         """The next event, or a tick after looking around."""
         self._monitor.beat()
-        try:
-            return self._events.get(timeout=_TICK_SECONDS)
-        except queue.Empty:
-            pass
+        with contextlib.suppress(queue.Empty):
+            event = self._events.get(timeout=self._patience_seconds())
+            if not isinstance(event, events.ChildEnded):
+                return event
         try:
             return self._look_around()
         except OSError as error:  # no descriptor is free, for example: it may pass
             log.debug("this look around failed: %s", error)
             return events.Tick(time.monotonic())
+
+    def _patience_seconds(self) -> float:
+        """How long the next tick can wait: not at all where an attempt is to begin at once."""
+        begins_at = self._state.begins_at
+        if begins_at is None:
+            return _TICK_SECONDS
+        return min(_TICK_SECONDS, max(0.0, begins_at - time.monotonic()))
 
     def _look_around(self) -> events.Event:
         now = time.monotonic()
@@ -253,6 +261,10 @@ class Supervisor:
         """Runs between two bytecodes of the main thread: it only leaves a note."""
         now = time.monotonic()
         self._events.put(listening.event_of_signal(signum, now, self._policy.grace_seconds))
+
+    def _on_child(self, signum: int, frame: FrameType | None) -> None:
+        """The same, for the end of a child: a trainer that died need not wait for the next tick."""
+        self._events.put(events.ChildEnded(time.monotonic()))
 
     @property
     def _policy(self) -> machine.Policy:

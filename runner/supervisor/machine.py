@@ -422,9 +422,7 @@ def _hurry(state: State, wish: Phase, cause: str, at: float, deadline: float) ->
 
 def _on_tick(state: State, at: float) -> Step:
     match state.phase:
-        case Phase.BACKOFF if (
-            state.retry_at is not None and at >= state.retry_at and not state.preparing
-        ):
+        case Phase.BACKOFF if state.begins_at is not None and at >= state.begins_at:
             fresh = replace(state, phase=Phase.STARTING, retry_at=None, cause="", goal=None)
             return fresh, [Claim()]
         case Phase.RESTORING if state.retry_at is not None and at >= state.retry_at:

@@ -124,6 +124,14 @@ class State:
     emergency_seconds: float | None = None
 
     @property
+    def begins_at(self) -> float | None:
+        """When the next attempt begins; None where none does, or not by the mere passing of time.
+
+        What the one before began from may still be being fetched.
+        """
+        return self.retry_at if self.phase is Phase.BACKOFF and not self.preparing else None
+
+    @property
     def go_back(self) -> int:
         """Checkpoints to pass over: one more at each start from the third at one step on."""
         return max(0, self.failures - 1)

@@ -57,6 +57,34 @@ def test_signals_reach_the_script_behind_a_shell(node: Node, first: str) -> None
     assert len(node.records()) == 1
 
 
+NEVER_TICKS = """
+import sys
+from runner import cli
+from runner.supervisor import loop
+
+loop._TICK_SECONDS = 3600.0
+cli.main()
+"""
+
+
+def test_a_crash_is_heard_of_at_once_and_the_next_attempt_begins(node: Node) -> None:
+    """Without the supervisor's ticks, which would find out both a moment later."""
+    began = node.folder / "began"
+    crashes = f"test -e {began} || {{ touch {began}; kill -SEGV $$; }}"
+    job = node.job("bash", "-c", crashes)
+
+    done = subprocess.run(
+        [sys.executable, "-c", NEVER_TICKS, "run", job],
+        env={**os.environ, **node.environment},
+        cwd=node.folder,
+        timeout=60,
+        check=False,
+    )
+
+    assert done.returncode == 0
+    assert [r.outcome for r in node.records()] == ["failed", "succeeded"]
+
+
 FORKS = {
     "a shell that ends at once": ["bash", "-c", f"'{sys.executable}' '{TRAINS}' & exit 0"],
     "a shell that is replaced": ["bash", "-c", f"'{sys.executable}' '{TRAINS}'"],
