@@ -1,11 +1,12 @@
 """What each kind of end costs: SIGTERM until durable, SIGKILL until the first new step.
 
 One run is disturbed again and again. It takes a snapshot at every step, so that a kill costs a step
-at most: with `auto` it costs what was trained since the last one, however fast the restart is. Each
-round starts a supervisor (from the store, because one that ends well takes its spool with it),
-kills the trainer, kills the whole tree and starts another supervisor, preempts that, and then
-measures the peers while nothing else of ours runs. Steps that were done before a kill and have to
-be done again are not new: they are counted.
+at most: with `auto` it costs what was trained since the last one, however fast the restart is. The
+kills fall anywhere in a step, at other places from round to round. Each round starts a supervisor
+(from the store, because one that ends well takes its spool with it), kills the trainer, kills the
+whole tree and starts another supervisor, preempts that, and then measures the peers while nothing
+else of ours runs. Steps that were done before a kill and have to be done again are not new: they
+are counted.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def measure(place: Place, megabytes: float, repetitions: int) -> tuple[list[Figu
         for number in range(repetitions):
             place.settle()
             with neighbours(others):
-                _disturb(run, 3 * number, values)
+                _disturb(run, 3 * number, values, phase=(number + 0.5) / repetitions)
             place.settle()
             with neighbours(others):
                 _measure_peers(place, run, values)
@@ -72,17 +73,17 @@ def _figure(
     return Figure(name, unit, values[key], peer, size, neighbours=cores)
 
 
-def _disturb(run: SupervisedRun, attempts: int, values: Values) -> None:
-    """One of each, after so many attempts."""
+def _disturb(run: SupervisedRun, attempts: int, values: Values, phase: float) -> None:
+    """One of each, after so many attempts; kills so far into a step."""
     started = run.start()
     begin = run.wait_for_steps(_STEPS_BETWEEN, attempt=attempts + 1)
     if attempts:
         values["resumed"].append(begin[0]["ended"] - started)
 
-    _killed(run, run.kill_trainer(), attempts + 2, values, "restarted")
+    _killed(run, run.kill_trainer(phase), attempts + 2, values, "restarted")
     values["private"].append(memory_mb(run.pid, "RssAnon"))
 
-    killed = run.kill_tree()
+    killed = run.kill_tree(phase)
     run.start()
     _killed(run, killed, attempts + 3, values, "revived")
 

@@ -130,6 +130,7 @@ class SupervisedRun:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
+                start_new_session=True,  # as a service has one; see `session_share`
             )
         return started
 
@@ -167,15 +168,22 @@ class SupervisedRun:
         self._expect(code == 75, f"exit code {code} instead of 75")
         return exited
 
-    def kill_trainer(self) -> float:
-        """SIGKILL to the trainer alone; the moment just before."""
+    def kill_trainer(self, phase: float = 0.0) -> float:
+        """SIGKILL to the trainer alone; the moment just before.
+
+        That is so far into a step, from 0, right after the one before, to 1; its snapshot counts.
+        """
+        before, newest = self.steps()[-2:]
+        time.sleep(phase * (newest["begun"] - before["begun"]))
         killed = time.monotonic()
         os.kill(self.steps()[-1]["pid"], signal.SIGKILL)
         return killed
 
-    def kill_tree(self) -> float:
-        """SIGKILL to supervisor and trainer; the moment just before. Both are gone afterwards."""
-        trainer = self.steps()[-1]["pid"]
+    def kill_tree(self, phase: float = 0.0) -> float:
+        """The same for supervisor and trainer, which are both gone afterwards."""
+        before, newest = self.steps()[-2:]
+        time.sleep(phase * (newest["begun"] - before["begun"]))
+        trainer = newest["pid"]
         killed = time.monotonic()
         self._running.kill()
         os.kill(trainer, signal.SIGKILL)
