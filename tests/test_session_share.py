@@ -65,13 +65,6 @@ def test_a_parent_that_cannot_be_seen_ends_the_line() -> None:
     assert has_session_for_itself(table, OURSELVES)
 
 
-def test_in_a_table_without_us_nothing_is_ours() -> None:
-    table = table_of()
-    del table[OURSELVES]  # as in another namespace's /proc
-
-    assert not has_session_for_itself(table, OURSELVES)
-
-
 @pytest.mark.parametrize("content", ["", "/autogroup-7 nice", "/autogroup-7 nice x\n"])
 def test_a_file_that_says_something_else_is_left_alone(tmp_path: Path, content: str) -> None:
     file = tmp_path / "autogroup"

@@ -70,10 +70,8 @@ class SessionShare:
 
 def has_session_for_itself(table: dict[int, ProcessEntry], pid: int) -> bool:
     """Whether a process shares its session with its ancestors and descendants only. Pure."""
-    own = ancestor = table.get(pid)
-    if own is None:  # this is another namespace's table
-        return False
     lineage = {pid}
+    ancestor = table.get(pid)
     while ancestor is not None and ancestor.parent not in lineage:
         lineage.add(ancestor.parent)
         ancestor = table.get(ancestor.parent)
@@ -87,8 +85,9 @@ def has_session_for_itself(table: dict[int, ProcessEntry], pid: int) -> bool:
             entry = table.get(entry.parent)
         return False
 
+    session = table[pid].session
     return all(
         entry.pid in lineage or descends(entry)
         for entry in table.values()
-        if entry.session == own.session and entry.alive
+        if entry.session == session and entry.alive
     )
