@@ -52,7 +52,6 @@ from runner.supervisor.journal import Journal
 from runner.supervisor.monitor import Monitor
 from runner.supervisor.reaper import become_subreaper, reap_orphans
 from runner.supervisor.recording import Recorder
-from runner.supervisor.session_share import SessionShare
 from runner.supervisor.trainer import Trainer
 from runner.supervisor.upkeep import policy_of
 from runner.supervisor.validator import validator_of
@@ -128,7 +127,6 @@ class Supervisor:
             job.resources.memory_guard,
         )
         self._recorder = Recorder(self._clerk, self._rank, self._monitor, ledger)
-        self._share = SessionShare()
         self._begin_at = assignment.begin_at
         self._clouds = Watch(
             job.preemption.notices,
@@ -161,7 +159,6 @@ class Supervisor:
         self._journal.start()
         self._monitor.start()
         become_subreaper()
-        self._share.give_way()
         before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, self._on_child)
         (self._spool.path / "stop").unlink(missing_ok=True)  # meant for a supervisor before
         for left in self._launcher.end_leftovers():
@@ -199,7 +196,6 @@ class Supervisor:
             self._leave_clouds(saved)
             self._monitor.close(self._seconds_left())
             self._leave(saved)
-            self._share.leave()
             for signum, handler in before.items():
                 signal.signal(signum, handler)
         return self._state.exit_code
@@ -332,7 +328,6 @@ class Supervisor:
                 case events.PersistLeft():
                     self._clerk.persist_left()
                 case events.Hurry(deadline):
-                    self._share.take_back()
                     self._store.hurry(deadline)
                     self._keeper.hurry(deadline)
                 case events.DumpStacks():

@@ -57,24 +57,6 @@ def test_signals_reach_the_script_behind_a_shell(node: Node, first: str) -> None
     assert len(node.records()) == 1
 
 
-AUTOGROUP = Path("/proc/self/autogroup")
-
-
-@pytest.mark.skipif(not os.access(AUTOGROUP, os.W_OK), reason="this kernel has no autogroups")
-def test_a_supervisor_gives_way_to_its_trainer_and_leaves_its_session_as_it_was(node: Node) -> None:
-    """Its threads are nice, and that would count for nothing between two sessions."""
-    shows = f"cat {AUTOGROUP} /proc/$PPID/autogroup"
-    job = node.job("bash", "-c", f"{shows}; {sys.executable} {TRAINS}")
-    afterwards = ["bash", "-c", f'"$@"; code=$?; cat {AUTOGROUP}; exit $code', "bash"]
-
-    supervisor = node.start("run", job, before=afterwards)
-
-    assert supervisor.wait() == 0, supervisor.err
-    lines = supervisor.out.splitlines()
-    niceness = [int(line.split()[-1]) for line in lines if line.startswith("/autogroup")]
-    assert niceness == [0, 10, 0]
-
-
 NEVER_TICKS = """
 import sys
 from runner import cli
