@@ -1214,6 +1214,18 @@ def test_a_step_that_was_in_a_slot_at_one_failure_is_no_progress_when_it_is_save
     assert state.failures == 2
 
 
+@pytest.mark.parametrize("found", [0, 100])
+def test_what_the_first_start_finds_is_no_progress_also_if_one_crashed_before(found: int) -> None:
+    """A script that ends at once may be quicker than the look into the store."""
+    crashed, _ = play([*RESTORING, Exited(0.15, 1), RestoreReady(0.2, found)])
+    assert crashed.failures == 1
+
+    again = [Tick(9.0), Claimed(9.1, 2), RestoreReady(9.2, found), Exited(9.3, 1)]
+    after, _ = play(again, crashed)
+
+    assert after.failures == 2
+
+
 def test_a_failure_without_a_trainer_does_not_make_an_old_step_new() -> None:
     """The store is away in between, so what is in the slot is not durable yet."""
     crash = failing(0.0, left=10)

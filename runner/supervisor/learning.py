@@ -12,6 +12,7 @@ from runner.supervisor.state import Phase, State
 
 def restored(state: State, event: RestoreReady) -> State:
     durable = event.step if event.durable is None else event.durable
+    is_first = state.durable_step < 0  # what a supervisor finds at its start is nobody's progress
     return replace(
         state,
         phase=Phase.RUNNING,
@@ -28,6 +29,7 @@ def restored(state: State, event: RestoreReady) -> State:
         step=event.step,
         kept_step=min(event.step, durable),
         durable_step=max(state.durable_step, event.step),
+        durable_at_failure=max(state.durable_at_failure, event.step if is_first else -1),
     )
 
 

@@ -130,7 +130,7 @@ class SupervisedRun:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                start_new_session=True,  # as a service has one; see `session_share`
+                start_new_session=True,  # as a service has one
             )
         return started
 

@@ -67,6 +67,7 @@ def test_what_was_found_invalid_is_not_begun_from(
     wait_until(lambda: len(node.manifests()) == 2, 30, "two checkpoints")
 
     run.send_signal(signal.SIGTERM)
+    node.wait_until_asked()
     node.gate.touch()
 
     assert run.wait() == 75
