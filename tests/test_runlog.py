@@ -348,7 +348,7 @@ for attempt in (1, 2):
     run_log.drain()
     run_log.finish(10, ship=True)
 for thread in set(threading.enumerate()) - {threading.main_thread()}:
-    thread.join(60)
+    thread.join(20)
 assert things() == before, (before, things())
 """
 

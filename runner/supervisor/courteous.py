@@ -40,7 +40,9 @@ class Courteous(Generic[T]):
         self._thread.join()
 
     def _run(self) -> None:
-        # On Linux niceness is a thread's, and the threads that it starts inherit it.
+        # On Linux niceness is a thread's, and the threads that it starts inherit it. With
+        # autogroups it counts within the session only, and a trainer has its own: then what saves
+        # has half of the processor at most. More is not given away: see the bench's results.
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), self._niceness)
         while (item := self._work.get()) is not None:
             work, future = item
