@@ -109,7 +109,8 @@ def _format_guard(share: float) -> str:
 class Part(BaseModel):
     """A mapping of the job file whose keys are known."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    # Built when it is first used, so that parts are built once, as parts of the whole job.
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, defer_build=True)
 
 
 Count = Annotated[int, Field(ge=1, le=LARGEST_COUNT)]

@@ -51,7 +51,7 @@ def check_readable(folder: Path, user: str) -> None:
 
 def user_mode(engine: Engine, job: Job) -> str:
     """What the engine is told of user namespaces: users in there shall be those of this machine."""
-    if engine.is_podman and engine.is_rootless and os.geteuid() and not job.user:
+    if engine.is_rootless and engine.is_podman and os.geteuid() and not job.user:
         return "keep-id"
     return "host" if engine.remaps_users and not engine.is_podman else ""
 
