@@ -514,6 +514,13 @@ def test_a_name_that_is_nearly_right_is_answered_with_the_nearest(archive: Archi
         archive.find("3000")
 
 
+def test_where_there_is_no_best_it_is_said_why(archive: Archive) -> None:
+    with pytest.raises(UnknownName, match=f"'best' of run {RUN}; the job has no keep.best"):
+        archive.find("best")
+    with pytest.raises(UnknownName, match="none has the metric loss"):
+        archive.find("best", "loss")
+
+
 def test_the_latest_of_no_checkpoints_is_unknown(store: DirectoryStore) -> None:
     with pytest.raises(UnknownName):
         Archive(store, RUN).find("latest")

@@ -147,9 +147,13 @@ class Archive:
             return manifests[which]
         if CheckpointName.parse(which) in self.names():
             return self.manifest(which)
+        place = f"of run {self.run_id}"
+        if which == "best" and manifests:
+            lacks = f"none has the metric {metric}" if metric else "the job has no keep.best"
+            raise UnknownName("checkpoint", which, place=place, remedy=lacks)
         steps = [str(manifest.moment.step) for manifest in manifests.values()]
         names = [*manifests, *steps, *(("latest", "best") if manifests else ())]
-        raise UnknownName("checkpoint", which, names, f"of run {self.run_id}")
+        raise UnknownName("checkpoint", which, names, place)
 
     def validation(self, name: str) -> Validation | None:
         """What came of trying a checkpoint; None if it was not tried. One request."""

@@ -26,6 +26,8 @@ _SAYS = {
     "a line": "import time; print(time.monotonic())",
     "a line after `import torch`": "import torch, time; print(time.monotonic())",
 }
+_FLAGSHIP = {"profile": "quick", "data": "synthetic", "epochs": 1}
+_END_SECONDS = 120.0
 _PACKAGES, _OURS = "/packages", "/ours"
 
 
@@ -46,7 +48,8 @@ def in_container(document: dict[str, Any], place: Place) -> dict[str, Any]:
 
 
 def measure(place: Place, repetitions: int) -> tuple[list[Figure], list[Check]]:
-    return [*measure_start(place, repetitions), *measure_stall(place, repetitions)], []
+    starts = [*measure_start(place, repetitions), measure_flagship(place, repetitions)]
+    return [*starts, *measure_stall(place, repetitions)], []
 
 
 def measure_start(place: Place, repetitions: int) -> list[Figure]:
@@ -67,6 +70,69 @@ def measure_start(place: Place, repetitions: int) -> list[Figure]:
         peer = Peer("`docker run` of the same", by_hand)
         figures.append(Figure(name, "s", ours, peer, neighbours=others.cores))
     return figures
+
+
+def measure_flagship(place: Place, repetitions: int) -> Figure:
+    """From the command to the first line that a trainer prints: the C-MAPSS job's first epoch."""
+    ours, by_hand = [], []
+    others = Neighbours()
+    for number in range(repetitions + 1):
+        place.settle()
+        with neighbours(others):
+            first = _first_line(_flagship(place, f"flagship-{number}"), place)
+            second = _first_line(_flagship_by_hand(), place)
+        if number:
+            ours.append(first)
+            by_hand.append(second)
+    name = "`runner run` in a container to the first line of the C-MAPSS job"
+    peer = Peer("`docker run` of the same, unsupervised", by_hand)
+    return Figure(name, "s", ours, peer, neighbours=others.cores)
+
+
+def _flagship(place: Place, run_id: str) -> list[str]:
+    job = place.disk / "flagship.json"
+    document = {
+        "name": "flagship",
+        "command": ["python", "-m", "jobs.rul.train"],
+        "params": _FLAGSHIP,
+        "checkpoint": {"keep": {"best": {"metric": "val_rmse", "mode": "min"}}},
+        "workdir": str(REPOSITORY),
+        "store": str(place.store),
+    }
+    job.write_text(json.dumps(in_container(document, place)))
+    return [RUNNER, "run", str(job), "--run-id", run_id]
+
+
+def _flagship_by_hand() -> list[str]:
+    variables = {
+        "PYTHONPATH": f"{_PACKAGES}:/workdir",
+        "RUNNER_PARAMS": json.dumps(_FLAGSHIP),
+        "RUNNER_STORE": "/tmp/store",
+        "PYTHONUNBUFFERED": "1",
+        "HOME": "/tmp",
+    }
+    return [
+        *("docker", "run", "--rm", "--init", "--read-only", "--network=none", "--cap-drop=ALL"),
+        *("--security-opt=no-new-privileges", "--tmpfs=/tmp:exec", "--shm-size=2g", "-w=/workdir"),
+        *(f"-v={REPOSITORY}:/workdir:ro", f"-v={sysconfig.get_path('purelib')}:{_PACKAGES}:ro"),
+        *(f"-e={name}={value}" for name, value in variables.items()),
+        *(IMAGE, "python3", "-m", "jobs.rul.train"),
+    ]
+
+
+def _first_line(words: list[str], place: Place) -> float:
+    """Seconds until a command prints something to stdout; then it is left to its end."""
+    started = time.monotonic()
+    process = subprocess.Popen(
+        words, env=place.environment, cwd=place.disk, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    seconds = time.monotonic() - started
+    _, messages = process.communicate(timeout=_END_SECONDS)
+    assert process.returncode == 0, messages.decode()
+    assert line.startswith(b"epoch"), line
+    return seconds
 
 
 def _start(place: Place, run_id: str, program: str) -> float:
