@@ -112,6 +112,19 @@ def test_what_is_due_is_persisted_oldest_first_and_the_rest_is_left(node: Node) 
     assert saved[0].durable_at <= saved[1].durable_at
 
 
+def test_what_is_durable_is_told_before_anything_is_deleted_for_it(node: Node) -> None:
+    heard: list[tuple[int, list[str]]] = []
+    old, new = snapshot(save=1, step=10), snapshot(save=2, step=20)
+    node.start(keep=Keep(last=1), on_durable=lambda step: heard.append((step, node.saved())))
+
+    for slot, taken in enumerate((old, new)):
+        fill(node.rank, slot, taken, must=True)
+        node.keeper.persist_due()
+
+    assert heard == [(10, [old.name]), (20, [old.name, new.name])]
+    assert node.saved() == [new.name]
+
+
 def test_the_newest_is_persisted_with_the_triggers_added(node: Node) -> None:
     fill(node.rank, 0, snapshot(save=1))
     fill(node.rank, 1, snapshot(save=2, triggers=("interval",)))

@@ -79,7 +79,11 @@ class Origin:
 
 
 class Keeper:
-    """Keeps the checkpoints of one rank."""
+    """Keeps the checkpoints of one rank.
+
+    `on_durable` hears of the step of each full state as soon as it is in the store, and before
+    older ones are deleted for it, from the thread that saves.
+    """
 
     def __init__(
         self,
@@ -91,10 +95,12 @@ class Keeper:
         prefer_healthy: bool = False,
         disk: Path | None = None,
         always_disk: bool = False,
+        on_durable: Callable[[int], None] = lambda step: None,
     ) -> None:
         self._rank, self._persister, self._archive = rank, persister, archive
         self._best, self._prefer_healthy = best, prefer_healthy
         self._disk, self._always_disk = disk, always_disk
+        self._on_durable = on_durable
         self._claims = Claims(rank)
         self._durable = _NEVER
         self._restoring: Marker | None = None
@@ -364,6 +370,7 @@ class Keeper:
         self._bytes_per_second = sum(map(len, files.values())) / max(durable_at - begun, 1e-3)
         if moment.scope == "full":
             self._durable = max(self._durable, moment.name)
+            self._on_durable(moment.step)
         self._claims.release(slot, must=False)
         gone = self._after_commit(manifest)
         persister, seconds = self._persister, durable_at - begun

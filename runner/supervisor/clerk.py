@@ -89,6 +89,11 @@ class Clerk(threading.Thread):
         """Something has come back from the store. From any thread."""
         self.moved_at = time.monotonic()
 
+    def durable(self, step: int) -> None:
+        """The state of this step is in the store. From any thread."""
+        if self.board is not None:
+            self.board.persisted_step = step + 1
+
     def claim(self) -> None:
         """Begin the next attempt, with a new board: `Claimed`."""
         self._tasks.put(self._claim)
@@ -284,7 +289,6 @@ class Clerk(threading.Thread):
         self._post(events.Saved(saved.durable_at, moment.step, moment.healthy, save.total_seconds))
         if self.board is None:
             return
-        self.board.persisted_step = moment.step + 1
         verdict = self._forecaster.saved(save)
         if verdict is not None:
             log.log(logging.INFO if self._forecaster.fits else logging.WARNING, "%s", verdict)

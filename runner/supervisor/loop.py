@@ -151,6 +151,7 @@ class Supervisor:
             prefer_healthy=self._job.health.restore == "healthy",
             disk=self._files.slots,
             always_disk=checkpoint.slots == 0,
+            on_durable=lambda step: self._clerk.durable(step),
         )
 
     def run(self) -> int:
