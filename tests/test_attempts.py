@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 from slots import RUN, RefusingStore, memory_folder
 
-from runner.checkpoint.attempts import AttemptRecord, Ledger, parse_time, utc_now
+from runner.checkpoint.attempts import AttemptRecord, Ledger
 from runner.errors import Fenced, NotFound, StoreError
 from runner.spool import new_owner
 from runner.store import DirectoryStore
+from runner.wallclock import parse_time, utc_now
 
 
 @pytest.fixture

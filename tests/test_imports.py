@@ -234,6 +234,9 @@ def test_a_training_script_loads_torch_and_no_cloud() -> None:
     assert "runner.training.run" in loaded
     assert loaded & HEAVY == {"torch", "numpy"}
     assert loaded & SUPERVISORS == set(), "the package without its extras has none of them"
+    here = {name for name in loaded if name.startswith(("runner.store", "runner.supervisor"))}
+    assert here == set(), "a restart waits for every import"
+    assert "runner.checkpoint.keeper" not in loaded
 
 
 @pytest.mark.parametrize("library", ["typer", "pydantic"])

@@ -26,7 +26,7 @@ from waiting import wait_until
 from runner.checkpoint import persist as persist_module
 from runner.checkpoint.archive import Archive
 from runner.checkpoint.attempts import Ledger
-from runner.checkpoint.keeper import Keeper, Origin, Resumption, Saved, read_restore
+from runner.checkpoint.keeper import Keeper, Origin, Resumption, Saved
 from runner.checkpoint.persist import Persister
 from runner.checkpoint.retention import Keep
 from runner.errors import CheckpointCorrupt, Fenced, NoValidCheckpoint, StoreError, UnknownName
@@ -71,7 +71,7 @@ class Node:
 
     def given(self) -> Snapshot | None:
         """What the trainer finds to begin from, read as the trainer reads it."""
-        marker = read_restore(self.rank)
+        marker = self.rank.read_restore()
         if marker is None:
             return None
         assert self.rank.is_claimed(marker.slot)
@@ -676,7 +676,7 @@ def test_a_run_that_takes_over_components_begins_at_step_0(node: Node) -> None:
 
     assert resumption is not None
     assert resumption.moment == replace(THEIRS.moment, step=0)
-    marker = read_restore(node.rank)
+    marker = node.rank.read_restore()
     assert marker is not None
     assert marker.facts["components"] == ["model", "ema"]
 

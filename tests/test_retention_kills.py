@@ -19,7 +19,7 @@ from slots import RUN, memory_folder, read_slot, snapshot, views
 
 from runner.checkpoint.archive import Archive
 from runner.checkpoint.attempts import Ledger
-from runner.checkpoint.keeper import Keeper, read_restore
+from runner.checkpoint.keeper import Keeper
 from runner.checkpoint.persist import Persister
 from runner.checkpoint.restore import load
 from runner.checkpoint.retention import Keep, delete_checkpoint
@@ -170,7 +170,7 @@ def start(place: Place, folder: Path, owner: str = SECOND) -> Mapping[str, bytes
         assert resumption is not None
         ledger.update(resumed_from=str(resumption.moment.name))
         persister.retain()
-        marker = read_restore(spool.rank)
+        marker = spool.rank.read_restore()
         assert marker is not None
         return read_slot(spool.rank, marker)
     finally:

@@ -16,8 +16,9 @@ from nodes import Node, nodes_in
 from prometheus_client.parser import text_string_to_metric_families
 from waiting import wait_until
 
-from runner.checkpoint.attempts import AttemptRecord, parse_time
+from runner.checkpoint.attempts import AttemptRecord
 from runner.supervisor.goodput import Goodput, goodput_of
+from runner.wallclock import parse_time
 
 PACE = 0.05
 STEPS = 24

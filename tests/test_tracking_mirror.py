@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from runner.checkpoint.attempts import Ledger, utc_now
+from runner.checkpoint.attempts import Ledger
 from runner.checkpoint.logs import StoredLogs
 from runner.checkpoint.manifest import Moment
 from runner.checkpoint.persist import Persister
@@ -19,6 +19,7 @@ from runner.points import Point
 from runner.store import DirectoryStore
 from runner.tracking.base import About, Reading, Shown
 from runner.tracking.mirror import Mirror, Record, Settings
+from runner.wallclock import utc_now
 
 RUN = "run"
 

@@ -17,7 +17,6 @@ from functools import partial
 from hashlib import sha256
 
 from runner.checkpoint import format as fmt
-from runner.checkpoint.attempts import utc_now
 from runner.checkpoint.compression import Decompression
 from runner.checkpoint.format import CheckpointName, FileImage
 from runner.checkpoint.latest import read_latest
@@ -26,6 +25,7 @@ from runner.checkpoint.retention import ranked
 from runner.checkpoint.validation import Validation, Verdict, read_validation
 from runner.errors import CheckpointCorrupt, CheckpointInvalid, NotFound, StoreError, UnknownName
 from runner.store import Store
+from runner.wallclock import utc_now
 
 log = logging.getLogger(__name__)
 

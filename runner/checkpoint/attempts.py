@@ -16,19 +16,14 @@ import math
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import UTC, datetime
 from typing import Any
 
 from runner.checkpoint.latest import Latest, read_latest, write_latest
 from runner.errors import Fenced, NotFound, RecordUnreadable, StoreError
 from runner.store import Store
+from runner.wallclock import utc_now
 
 _MAX_RECORD_BYTES = 16 << 20
-
-
-def utc_now() -> str:
-    """The wall clock as ISO 8601 with microseconds: for people and reports, never for order."""
-    return datetime.now(UTC).isoformat()
 
 
 @dataclass(frozen=True)
@@ -265,11 +260,3 @@ def _with_commit(record: AttemptRecord, latest: Latest | None) -> AttemptRecord:
 
 def _dump(document: Mapping[str, Any]) -> bytes:
     return json.dumps(document, indent=1).encode() + b"\n"
-
-
-def parse_time(text: str | None) -> float | None:
-    """Seconds since the epoch of a time in a record; None if there is none or it is unreadable."""
-    try:
-        return None if text is None else datetime.fromisoformat(text).timestamp()
-    except ValueError:
-        return None

@@ -36,7 +36,7 @@ from runner.errors import (
     UsageError,
 )
 from runner.memory import available_bytes, slots_that_fit
-from runner.spool import FACTS_FILE, Marker, RankSpool, read_marker, view_slot
+from runner.spool import FACTS_FILE, Marker, RankSpool, view_slot
 
 log = logging.getLogger(__name__)
 
@@ -443,11 +443,6 @@ class Keeper:
             self._persister.look_again()
             raise NoValidCheckpoint(f"{manifest.name} is not sound and was put into quarantine")
         return asdict(marker_of(0, loaded, {}))
-
-
-def read_restore(rank: RankSpool) -> Marker | None:
-    """The trainer's side of `restore`: the slot to begin from, or None at the very start."""
-    return read_marker(rank.folder / "restore.json")
 
 
 def is_foreign(marker: Marker) -> bool:

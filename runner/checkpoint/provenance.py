@@ -17,11 +17,13 @@ import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from runner.checkpoint.code import GIT_LOCATIONS, MAX_PATCH_BYTES, changes
 from runner.errors import StoreError
-from runner.store import Store
+
+if TYPE_CHECKING:  # a trainer under a supervisor imports this, and has no store
+    from runner.store import Store
 
 log = logging.getLogger(__name__)
 

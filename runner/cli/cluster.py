@@ -139,11 +139,11 @@ def _options(wishes: Any) -> list[str]:
 
 
 def _remember(job: Any, run_id: str, namespace: str, context: str | None) -> None:
-    from runner.checkpoint.attempts import utc_now
     from runner.job import is_s3
     from runner.spool import spool_path
     from runner.supervisor import index
     from runner.supervisor.preflight import s3_options
+    from runner.wallclock import utc_now
 
     place = {"namespace": namespace, **({} if context is None else {"context": context})}
     options = asdict(s3_options(job)) if is_s3(job.store) else None

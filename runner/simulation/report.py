@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from runner.checkpoint.archive import Archive
-from runner.checkpoint.attempts import AttemptRecord, Ledger, parse_time
+from runner.checkpoint.attempts import AttemptRecord, Ledger
 from runner.checkpoint.manifest import Manifest
 from runner.exitcodes import FINISHED
 from runner.store import Store
 from runner.supervisor.goodput import goodput_of
+from runner.wallclock import parse_time
 
 _CAUSES = {
     "succeeded": "finished",

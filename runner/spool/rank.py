@@ -96,6 +96,10 @@ class RankSpool:
     def is_claimed(self, slot: int) -> bool:
         return (self.folder / f"slot-{slot}.claimed.json").exists()
 
+    def read_restore(self) -> Marker | None:
+        """The slot to begin from, or None at the very start of a run."""
+        return read_marker(self.folder / "restore.json")
+
     # ------------------------------------------------------------------ the supervisor's side
 
     def prepare(self) -> Board:

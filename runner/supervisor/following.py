@@ -7,12 +7,13 @@ import socket
 import time
 from collections.abc import Iterator
 
-from runner.checkpoint.attempts import AttemptRecord, parse_time
+from runner.checkpoint.attempts import AttemptRecord
 from runner.checkpoint.logs import StoredLogs
 from runner.errors import StoreError
 from runner.logs.files import LocalLogs
 from runner.logs.reading import LogReader, Source
 from runner.supervisor.lookup import KnownRun
+from runner.wallclock import parse_time
 
 log = logging.getLogger(__name__)
 

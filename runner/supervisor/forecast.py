@@ -9,7 +9,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from runner.checkpoint.attempts import AttemptRecord, parse_time
+from runner.checkpoint.attempts import AttemptRecord
+from runner.wallclock import parse_time
 
 FIRST_MEAN_SECONDS = 3600.0  # between failures, before this run has seen one
 FIRST_INTERVAL_SECONDS = 60.0  # until a first save has been measured

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from runner.board import Board
-from runner.checkpoint.attempts import Ledger, parse_time
+from runner.checkpoint.attempts import Ledger
 from runner.histogram import BUCKETS
 from runner.job import Job
 from runner.spending import read
 from runner.supervisor.footprint import memory_bytes
 from runner.supervisor.state import Phase, State
 from runner.supervisor.tally import Tally
+from runner.wallclock import parse_time
 
 _LONGEST_NAME = 100
 _HISTOGRAMS = {"stalls": "runner_checkpoint_stall_seconds", "steps": "runner_step_seconds"}

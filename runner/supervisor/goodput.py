@@ -17,8 +17,9 @@ from datetime import UTC, datetime
 from itertools import pairwise
 from typing import Any
 
-from runner.checkpoint.attempts import AttemptRecord, parse_time
+from runner.checkpoint.attempts import AttemptRecord
 from runner.spending import PRODUCTIVE
+from runner.wallclock import parse_time
 
 __all__ = ["BADPUT", "PRODUCTIVE", "Goodput", "goodput_of"]
 

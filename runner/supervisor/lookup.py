@@ -14,7 +14,7 @@ from typing import Any
 from runner import exitcodes
 from runner.board import Board
 from runner.checkpoint.archive import Archive
-from runner.checkpoint.attempts import AttemptRecord, Ledger, parse_time
+from runner.checkpoint.attempts import AttemptRecord, Ledger
 from runner.checkpoint.manifest import Manifest, moment_to_json
 from runner.checkpoint.retention import pins
 from runner.checkpoint.validation import Validation
@@ -24,6 +24,7 @@ from runner.spool import Spool, spool_path
 from runner.store import S3Options, Store, open_store
 from runner.supervisor import index
 from runner.supervisor.goodput import LOST_SECONDS
+from runner.wallclock import parse_time
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, pushadd_to_gateway
 
 from runner import __version__
-from runner.checkpoint.attempts import AttemptRecord, utc_now
+from runner.checkpoint.attempts import AttemptRecord
 from runner.spending import Meter
 from runner.supervisor import metrics
 from runner.supervisor.assignment import Assignment, policy_for
@@ -45,6 +45,7 @@ from runner.supervisor.happenings import (
     write_down,
 )
 from runner.supervisor.state import Phase, State
+from runner.wallclock import utc_now
 
 log = logging.getLogger(__name__)
 

@@ -9,12 +9,13 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from runner.board import Board
-from runner.checkpoint.attempts import Ledger, utc_now
+from runner.checkpoint.attempts import Ledger
 from runner.checkpoint.keeper import is_foreign
 from runner.spool import RankSpool
 from runner.supervisor import events
 from runner.supervisor.clerk import Clerk
 from runner.supervisor.monitor import Monitor
+from runner.wallclock import utc_now
 
 log = logging.getLogger(__name__)
 

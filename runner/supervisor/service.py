@@ -11,7 +11,7 @@ from typing import Any
 
 from runner import __version__
 from runner.checkpoint.archive import Archive
-from runner.checkpoint.attempts import Ledger, utc_now
+from runner.checkpoint.attempts import Ledger
 from runner.checkpoint.provenance import mask_secrets
 from runner.errors import NobodyAnswers, SpoolTaken, StoreError, UsageError, is_outage
 from runner.exitcodes import FINISHED, PREEMPTED
@@ -36,6 +36,7 @@ from runner.supervisor.preflight import (
     until_it_answers,
 )
 from runner.tracking import locate
+from runner.wallclock import utc_now
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,6 @@ from typing import Any
 from pydantic import ValidationError
 
 from runner import job
-from runner.checkpoint.attempts import utc_now
 from runner.checkpoint.copies import appearing, copy_files
 from runner.checkpoint.format import CheckpointName
 from runner.checkpoint.manifest import Manifest, Moment
@@ -31,6 +30,7 @@ from runner.checkpoint.retention import (
 from runner.checkpoint.validation import Verdict
 from runner.errors import CheckpointCorrupt, NotFound, UnknownName, UsageError
 from runner.supervisor.lookup import KnownRun
+from runner.wallclock import utc_now
 
 _NEWER_THAN_ALL = tuple(
     Moment(attempt=1 << 40, save=save, step=0, epoch=0, batch=1, scope=scope)

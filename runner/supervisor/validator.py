@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from runner.checkpoint.archive import Archive
-from runner.checkpoint.attempts import utc_now
 from runner.checkpoint.keeper import marker_of
 from runner.checkpoint.manifest import Manifest
 from runner.checkpoint.persist import Persister
@@ -41,6 +40,7 @@ from runner.spool import open_slot
 from runner.supervisor import events
 from runner.supervisor.state import Phase, State
 from runner.trial_files import SLOT
+from runner.wallclock import utc_now
 
 log = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ import torch
 
 from runner.board import Board, Request, Why
 from runner.checkpoint.archive import Archive
-from runner.checkpoint.attempts import Ledger, utc_now
+from runner.checkpoint.attempts import Ledger
 from runner.checkpoint.keeper import Keeper
 from runner.checkpoint.persist import Persister
 from runner.checkpoint.provenance import collect
@@ -34,6 +34,7 @@ from runner.spending import Attempt, read, so_far
 from runner.spool import Spool, new_owner, spool_path
 from runner.store import open_store
 from runner.training.session import Session
+from runner.wallclock import utc_now
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from runner.board import Account, Request, Why
-from runner.checkpoint.attempts import utc_now
 from runner.checkpoint.manifest import Moment
 from runner.errors import CaptureError, PositionError
 from runner.exitcodes import PREEMPTED
@@ -33,6 +32,7 @@ from runner.training.streams import Streams
 from runner.training.tensors import TensorSource
 from runner.training.tree import Decoder, first_difference
 from runner.training.watch import OptimizerWatch
+from runner.wallclock import utc_now
 
 log = logging.getLogger(__name__)
 

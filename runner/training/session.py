@@ -18,7 +18,6 @@ from typing import IO, Any
 import torch
 
 from runner.board import Account, Board, Request, Why
-from runner.checkpoint.keeper import read_restore
 from runner.checkpoint.manifest import Moment
 from runner.errors import RestoreError, SpoolFull
 from runner.exitcodes import PREEMPTED
@@ -166,7 +165,7 @@ class Session:
                 self._must_have_supervisor("there is nothing to begin from")
                 self.board.heartbeat_ns = time.monotonic_ns()
                 time.sleep(_POLL_SECONDS)
-        marker = read_restore(self.rank)
+        marker = self.rank.read_restore()
         if marker is None:
             return None
         return open_saved(self.rank.slot_path(marker.slot), marker)

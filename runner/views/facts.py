@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from runner.checkpoint.attempts import AttemptRecord, parse_time
+from runner.checkpoint.attempts import AttemptRecord
 from runner.checkpoint.manifest import Manifest
 from runner.points import Point
 from runner.saves import SaveRecord
 from runner.supervisor.goodput import Goodput, goodput_of
 from runner.units import parse_duration
 from runner.views.curves import Reading
+from runner.wallclock import parse_time
 
 
 @dataclass(frozen=True)

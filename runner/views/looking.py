@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from runner.checkpoint.archive import Archive
-from runner.checkpoint.attempts import AttemptRecord, parse_time
+from runner.checkpoint.attempts import AttemptRecord
 from runner.checkpoint.manifest import Manifest
 from runner.checkpoint.retention import pins
 from runner.errors import CheckpointCorrupt, NotFound, StoreError, UsageError
@@ -29,6 +29,7 @@ from runner.supervisor.verification import verify_found
 from runner.views.curves import Curves
 from runner.views.facts import Details, Facts
 from runner.views.overview import overview
+from runner.wallclock import parse_time
 
 log = logging.getLogger(__name__)
 

@@ -22,10 +22,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from runner.checkpoint.attempts import AttemptRecord, parse_time
+from runner.checkpoint.attempts import AttemptRecord
 from runner.supervisor.goodput import PRODUCTIVE
 from runner.views.curves import Reading, kept_until
 from runner.views.facts import Details, Facts
+from runner.wallclock import parse_time
 
 VERSION = 1
 _ENDED_BY = {

@@ -11,7 +11,7 @@ from __future__ import annotations
 import statistics
 import time
 
-from runner.checkpoint.attempts import parse_time
+from runner.wallclock import parse_time
 from tests.bench.figures import Check, Figure, Peer
 from tests.bench.place import Neighbours, Place, neighbours
 from tests.bench.supervised import Settings, SupervisedRun, spare_one

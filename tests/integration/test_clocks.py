@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from nodes import PROGRAMS, Node
 
-from runner.checkpoint.attempts import parse_time
+from runner.wallclock import parse_time
 
 HOURS = 3600
 
