@@ -71,7 +71,9 @@ def test_a_crash_is_heard_of_at_once_and_the_next_attempt_begins(node: Node) -> 
     """Without the supervisor's ticks, which would find out both a moment later."""
     began = node.folder / "began"
     crashes = f"test -e {began} || {{ touch {began}; kill -SEGV $$; }}"
-    job = node.job("bash", "-c", crashes)
+    # Late enough that no other child's end, such as git's, makes the supervisor look around then.
+    pause = {"backoff": {"initial": "2s", "max": "2s"}}
+    job = node.job("bash", "-c", crashes, restart=pause)
 
     done = subprocess.run(
         [sys.executable, "-c", NEVER_TICKS, "run", job],
