@@ -69,7 +69,8 @@ class Engine:
     @property
     def is_rootless(self) -> bool:
         """Whether root in its containers is an ordinary user here."""
-        return self._has_option("rootless")
+        podman_says = bool(self.facts.get("Rootless"))  # 4.3 has no such option
+        return podman_says or self._has_option("rootless")
 
     @property
     def remaps_users(self) -> bool:
