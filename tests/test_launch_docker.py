@@ -6,6 +6,7 @@ A golden file never changes by itself: a request that is meant to change is writ
 from __future__ import annotations
 
 import json
+import types
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from runner.launch.docker import (
     trainer_request,
     trial_request,
 )
+from runner.launch.engine import Engine as RealEngine
 from runner.launch.image import Image, Progress, gpu_problem, problem_of, repository_of
 from runner.launch.site import check_memory
 from runner.launch.users import container_user
@@ -194,6 +196,53 @@ def test_the_trainer_is_root_only_where_that_is_asked_or_means_nothing(
     image = Image("rul", "sha256:ab", None, uid=images, gid=images)
 
     assert container_user(engine, given, image, uid, uid) == user
+
+
+# What engines say of themselves: Docker's 20.10 and 27 without root, Podman 4.3 and 5 without it.
+SECCOMP = "name=seccomp,profile=default"
+SAYS = {
+    "docker": ({"SecurityOptions": [SECCOMP], "CgroupVersion": "1"}, False, False),
+    "docker, v2": ({"SecurityOptions": [SECCOMP], "CgroupVersion": "2"}, False, False),
+    "docker without root": (
+        {"SecurityOptions": [SECCOMP, "name=rootless"], "CgroupVersion": "2"},
+        True,
+        False,
+    ),
+    "docker without root, v1": (
+        {"SecurityOptions": ["name=rootless"], "CgroupVersion": "1"},
+        True,
+        True,
+    ),
+    "podman": (
+        {"SecurityOptions": [SECCOMP], "Rootless": False, "CgroupVersion": "1"},
+        False,
+        False,
+    ),
+    "podman without root": (
+        {"SecurityOptions": [SECCOMP], "Rootless": True, "CgroupVersion": "2"},
+        True,
+        False,
+    ),
+    "podman without root, v1": (
+        {"SecurityOptions": [SECCOMP], "Rootless": True, "CgroupVersion": "1"},
+        True,
+        True,
+    ),
+    "nothing": ({}, False, False),
+}
+
+
+@pytest.mark.parametrize(("facts", "rootless", "no_limits"), SAYS.values(), ids=SAYS)
+def test_an_engine_without_root_is_known_by_what_it_says(
+    facts: dict[str, Any], rootless: bool, no_limits: bool
+) -> None:
+    class Client:
+        def info(self) -> dict[str, Any]:
+            return facts
+
+    engine = RealEngine(Client(), types.ModuleType("sdk"), "unix:///engine.sock")
+
+    assert (engine.is_rootless, engine.has_no_limits) == (rootless, no_limits)
 
 
 def test_an_ordinary_user_cannot_give_the_spool_away() -> None:

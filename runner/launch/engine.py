@@ -73,6 +73,15 @@ class Engine:
         return podman_says or self._has_option("rootless")
 
     @property
+    def has_no_limits(self) -> bool:
+        """Whether it passes over limits of processors and memory, and does not say so.
+
+        Without root it may not set them where cgroups are of version 1. Source:
+        https://docs.docker.com/engine/security/rootless/tips/#limiting-resources
+        """
+        return self.is_rootless and str(self.facts.get("CgroupVersion")) == "1"
+
+    @property
     def remaps_users(self) -> bool:
         """Whether users in its containers are other users here, unless it is told otherwise."""
         return self._has_option("userns")

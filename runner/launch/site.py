@@ -6,6 +6,7 @@ while nothing has begun.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from runner.launch.local import ProcessLauncher
 from runner.launch.trial import ProcessTrial, Trial
 from runner.launch.users import check_readable, container_user, owner_of, user_mode
 from runner.spool import Owner
+
+log = logging.getLogger(__name__)
 
 
 class Site(Protocol):
@@ -112,12 +115,24 @@ def site_for(
     check_memory(job, state_bytes)
     engine = Engine.connect()
     assert job.image is not None, "a job without an image is refused when it is read"
+    _tell_of_limits(engine, job)
     mode = user_mode(engine, job)
     image = find_image(engine, job.image, pinned, newest=newest)
     found = look_into(engine, job, image, mode, cache)
     user = container_user(engine, job, found, os.geteuid(), os.getegid())
     check_readable(job.workdir, user)
     return ContainerSite(job, engine, found, user)
+
+
+def _tell_of_limits(engine: Engine, job: Job) -> None:
+    asked = {"cpus": job.resources.cpus, "memory": job.resources.memory}
+    names = [f"resources.{name}" for name, limit in asked.items() if limit is not None]
+    if names and engine.has_no_limits:
+        log.warning(
+            "%s: not kept to, because the engine runs without root, and may set no limits in "
+            "cgroups of version 1",
+            " and ".join(names),
+        )
 
 
 def check_memory(job: Job, state_bytes: int | None) -> None:

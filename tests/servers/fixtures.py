@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import os
 import secrets
+import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -23,6 +25,9 @@ from servers.engine import given as given_engine
 from servers.faultproxy import FaultProxy
 from servers.podman import missing as missing_podman
 from servers.podman import serving as podman_serving
+from servers.rootless import Rootless
+from servers.rootless import missing as missing_rootless
+from servers.rootless import serving as rootless_serving
 
 
 @dataclass(frozen=True)
@@ -119,6 +124,18 @@ def podman(engine: Docker, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         pytest.skip(problem)
     with podman_serving(tmp_path_factory.mktemp("podman"), base) as docker:
         yield docker
+
+
+@pytest.fixture(scope="module")
+def rootless(engine: Docker) -> Iterator[Rootless]:
+    """The same of an ordinary user, and what it takes to be that user."""
+    base = LocalEngine(cache_folder()).base
+    if not base.exists():
+        pytest.skip("the base image is that of an engine that was brought up by somebody else")
+    if (problem := missing_rootless(Path(sysconfig.get_path("purelib")))) is not None:
+        pytest.skip(problem)
+    with rootless_serving(base) as found:
+        yield found
 
 
 @pytest.fixture

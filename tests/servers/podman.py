@@ -19,7 +19,7 @@ from waiting import wait_until
 
 from servers.engine import IMAGE, PATH_CHANGE, Docker
 
-_START_SECONDS = 30.0
+START_SECONDS = 30.0
 _MOST_PROCESSES = 32_768
 _CGROUPS = Path("/sys/fs/cgroup")
 _INIT = "/usr/bin/catatonit"
@@ -45,6 +45,9 @@ graphroot = "{folder}/data"
 """
 
 
+CONFIGURATION = {"CONTAINERS_CONF": _ENGINE, "CONTAINERS_STORAGE_CONF": _STORAGE}
+
+
 def missing() -> str | None:
     """Why there can be none here, if so."""
     if shutil.which("podman") is None or not Path(_INIT).exists():
@@ -55,7 +58,7 @@ def missing() -> str | None:
 @contextmanager
 def serving(folder: Path, base: Path) -> Iterator[Docker]:
     """A service that has the base image, whose tree is the archive `base`."""
-    environment = _configured(folder)
+    environment = configured(folder)
 
     def podman(*arguments: str) -> None:
         done = subprocess.run(
@@ -72,20 +75,20 @@ def serving(folder: Path, base: Path) -> Iterator[Docker]:
             env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
         )  # fmt: skip
     try:
-        wait_until(docker.answers, _START_SECONDS, f"Podman's service, see {log.name}")
+        wait_until(docker.answers, START_SECONDS, f"Podman's service, see {log.name}")
         yield docker
     finally:
         service.terminate()
-        service.wait(_START_SECONDS)
+        service.wait(START_SECONDS)
         podman("rm", "--all", "--force")
         podman("rmi", "--all", "--force")
-        _unmount(folder)
+        unmount(folder)
         for group in sorted(_CGROUPS.glob("**/libpod_parent/**/"), reverse=True):
             group.rmdir()
 
 
-def _configured(folder: Path) -> dict[str, str]:
-    """Its configuration in a folder of its own; the environment that names it."""
+def configured(folder: Path) -> dict[str, str]:
+    """Podman's configuration in a folder of its own; the environment that names it."""
     _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
     _, processes = resource.getrlimit(resource.RLIMIT_NPROC)
     values = {
@@ -96,14 +99,15 @@ def _configured(folder: Path) -> dict[str, str]:
         "runtime": "crun" if shutil.which("crun") else "runc",
     }
     environment = dict(os.environ)
-    for variable, text in (("CONTAINERS_CONF", _ENGINE), ("CONTAINERS_STORAGE_CONF", _STORAGE)):
+    for variable, text in CONFIGURATION.items():
         file = folder / variable.lower()
         file.write_text(text.format(**values))
         environment[variable] = str(file)
     return environment
 
 
-def _unmount(folder: Path) -> None:
+def unmount(folder: Path) -> None:
+    """What is mounted below it, for good."""
     mounts = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]
     for mount in sorted((m for m in mounts if m.startswith(f"{folder}/")), reverse=True):
         subprocess.run(["umount", "-l", mount], check=False)
