@@ -206,15 +206,16 @@ class Supervisor:
     def _next_event(self) -> events.Event:
         """The next event, or a tick after looking around."""
         self._monitor.beat()
+        event: events.Event | None = None
         with contextlib.suppress(queue.Empty):
             event = self._events.get(timeout=self._patience_seconds())
-            if not isinstance(event, events.ChildEnded):
-                return event
-        try:
-            return self._look_around()
-        except OSError as error:  # no descriptor is free, for example: it may pass
-            log.debug("this look around failed: %s", error)
-            return events.Tick(time.monotonic())
+        while event is None or isinstance(event, events.ChildEnded):  # it may end during a look
+            try:
+                event = self._look_around()
+            except OSError as error:  # no descriptor is free, for example: it may pass
+                log.debug("this look around failed: %s", error)
+                event = events.Tick(time.monotonic())
+        return event
 
     def _patience_seconds(self) -> float:
         """How long the next tick can wait: not at all where an attempt is to begin at once."""

@@ -212,7 +212,7 @@ def test_some_codes_end_it_at_once(node: Node, command: str, code: int) -> None:
 
 @with_podman
 def test_signals_for_the_script_reach_it_and_nothing_else_does(node: Node) -> None:
-    job = node.job("python", str(PROGRAMS / "counts_signals.py"), preemption={"grace": "400ms"})
+    job = node.job("python", str(PROGRAMS / "counts_signals.py"), preemption={"grace": "2s"})
     supervisor = start(node, job, "trainer ready")
     supervisor.wait_for("worker ready")
 
