@@ -59,8 +59,17 @@ def missing(read: Path) -> str | None:
         return problem
     if shutil.which("newuidmap") is None or not Path("/etc/subuid").exists():
         return "no newuidmap: install the Debian package `uidmap`"
-    looks = subprocess.run(["setpriv", *_user(), "ls", str(read)], capture_output=True, check=False)
-    return f"an ordinary user cannot read {read}" if looks.returncode else None
+    if not _may("ls", str(read)):
+        return f"an ordinary user cannot read {read}"
+    if not _may("unshare", "--user", "true"):
+        return "an ordinary user may have no namespaces here"
+    return None
+
+
+def _may(*words: str) -> bool:
+    """Whether a command succeeds as that user."""
+    done = subprocess.run(["setpriv", *_user(), *words], capture_output=True, check=False)
+    return done.returncode == 0
 
 
 def _user(*more: str) -> list[str]:
@@ -93,7 +102,6 @@ def serving(base: Path) -> Iterator[Rootless]:
             path.mkdir(mode=0o700, exist_ok=True)
         for path in (*folder.rglob("*"), folder, Path(memory)):
             os.chown(path, _UID, _UID)
-        _import(rootless, base)
         with (folder / "log").open("wb") as log:
             service = subprocess.Popen(
                 [*rootless.words, "podman", "system", "service", "--time=0", rootless.docker.host],
@@ -101,6 +109,7 @@ def serving(base: Path) -> Iterator[Rootless]:
             )  # fmt: skip
         try:
             wait_until(rootless.docker.answers, START_SECONDS, f"Podman's service, see {log.name}")
+            _import(rootless, base)
             yield rootless
         finally:
             _end_all_of(_UID)
