@@ -52,6 +52,7 @@ def measure(place: Place, megabytes: float, repetitions: int) -> tuple[list[Figu
     figure = partial(_figure, values, megabytes, others.cores)
     write = Peer("write + fsync of as many bytes", values["written"])
     first = Peer("python: import torch, build, one step", values["first step"])
+    kept = Peer("the same, its slot still on this node", values["slot kept"])
     return [
         figure("SIGTERM to durable, as the supervisor records it", "recorded", write),
         figure("SIGTERM to the rename, seen from outside", "renamed", write),
@@ -60,6 +61,7 @@ def measure(place: Place, megabytes: float, repetitions: int) -> tuple[list[Figu
         figure("trainer killed, to the first new step", "restarted", first),
         figure("tree killed and supervisor started, to the first new step", "revived", first),
         figure("supervisor started, to the first new step, from the store", "resumed", first),
+        figure("supervisor started, to the first new step, fetched and verified", "resumed", kept),
         figure("steps done again after a SIGKILL", "redone", unit="steps"),
         figure("supervisor's private memory after persisting and a restart", "private", unit="MB"),
         figure("one training step", "step"),
@@ -84,8 +86,9 @@ def _disturb(run: SupervisedRun, attempts: int, values: Values, phase: float) ->
     values["private"].append(memory_mb(run.pid, "RssAnon"))
 
     killed = run.kill_tree(phase)
-    run.start()
+    started = run.start()
     _killed(run, killed, attempts + 3, values, "revived")
+    values["slot kept"].append(values["revived"][-1] - (started - killed))
 
     renamed, exited = run.preempt()
     values["renamed"].append(renamed)
