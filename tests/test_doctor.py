@@ -382,6 +382,7 @@ def test_a_permission_that_is_missing_is_named(
     assert action in found[check]["facts"]
     failed = [name for name, finding in found.items() if finding["verdict"] == "FAIL"]
     if check == "read" and "conditional writes" in failed:
+        assert action in found["conditional writes"]["facts"]
         failed.remove("conditional writes")  # who has won is read where an answer was lost
     assert failed == ([check] if verdict == "FAIL" else [])
 

@@ -87,6 +87,50 @@ def test_a_crash_is_heard_of_at_once_and_the_next_attempt_begins(node: Node) -> 
     assert [r.outcome for r in node.records()] == ["failed", "succeeded"]
 
 
+ENDS_DURING_A_LOOK = """
+import os, sys, threading
+from pathlib import Path
+from runner import cli
+from runner.supervisor import loop
+from runner.supervisor.trainer import Trainer
+
+go, look, quiet = Path(sys.argv.pop()), Trainer.exit_code, []
+
+def look_while_it_ends(self, now, board):
+    code = look(self, now, board)
+    if code is None and self._handle is not None:
+        # Other children's ends would make it look again: git's, of which the queue is empty soon.
+        if not any(thread.name == "provenance" for thread in threading.enumerate()):
+            quiet.append(now)
+        if len(quiet) < 10:
+            return None
+        loop._TICK_SECONDS = 3600.0
+        go.touch()
+        os.waitid(os.P_PID, self._handle.pid, os.WEXITED | os.WNOWAIT)
+    return code
+
+Trainer.exit_code = look_while_it_ends
+cli.main()
+"""
+
+
+def test_a_trainer_that_ends_while_it_is_looked_at_is_looked_at_again(node: Node) -> None:
+    """Its signal comes between that look and the next event, and there are no more ticks."""
+    go = node.folder / "go"
+    job = node.job("bash", "-c", f"until test -e {go}; do :; done; exit 9", restart={"failures": 0})
+
+    done = subprocess.run(
+        [sys.executable, "-c", ENDS_DURING_A_LOOK, "run", job, str(go)],
+        env={**os.environ, **node.environment},
+        cwd=node.folder,
+        timeout=60,
+        check=False,
+    )
+
+    assert done.returncode == 70
+    assert [(r.outcome, r.exit_code) for r in node.records()] == [("failed", 9)]
+
+
 FORKS = {
     "a shell that ends at once": ["bash", "-c", f"'{sys.executable}' '{TRAINS}' & exit 0"],
     "a shell that is replaced": ["bash", "-c", f"'{sys.executable}' '{TRAINS}'"],
