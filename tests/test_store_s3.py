@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import secrets
 import time
 from collections.abc import Callable, Iterator
@@ -274,7 +275,32 @@ def test_an_aborted_save_leaves_no_upload_behind(open_s3: Open, s3: S3Server, pr
         staging.write([in_parts("done", b"x"), Content("model", PART_BYTES, parts())])
     staging.abort()
 
-    assert s3.uploads(f"{prefix}/") == s3.keys(prefix) == []
+    # The answer that the upload has begun may not have come yet: whoever gets it ends it.
+    wait_until(lambda: not s3.uploads(f"{prefix}/"), what="the upload to end")
+    assert s3.keys(prefix) == []
+
+
+def test_an_upload_that_begins_when_its_save_was_aborted_is_ended(
+    open_s3: Open, s3: S3Server, proxy: FaultProxy, prefix: str
+) -> None:
+    def parts() -> Iterator[Part]:
+        yield from (Part(memoryview(pattern(n, PART_BYTES))) for n in range(2))
+        wait_until(lambda: proxy.hits, what="the upload to be asked for")
+        raise StoreError("no more")
+
+    proxy.add("POST .*uploads", Fault("hold"))
+    staging = open_s3(endpoint=proxy.url).stage(CHECKPOINT, OWNER)
+    with pytest.raises(StoreError, match="no more"):
+        staging.write([Content("model", PART_BYTES, parts())])
+    staging.abort()
+    assert not any("uploadId" in line for line in proxy.requests)
+    proxy.release()
+
+    wait_until(
+        lambda: any(re.match("DELETE .*uploadId", line) for line in proxy.requests),
+        what="the upload to be aborted",
+    )
+    wait_until(lambda: not s3.uploads(f"{prefix}/"), what="it to be gone")
 
 
 def test_more_than_a_page_is_listed_and_deleted(

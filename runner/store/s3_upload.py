@@ -124,6 +124,7 @@ class _File:
         self._full = bucket.full(key)
         self._lock = threading.Lock()
         self._upload: str | None = None
+        self._begun: list[str] = []  # also by tries that came too late: nobody has sent parts there
         self._digests: dict[int, bytes] = {}
         self._done: dict[int, dict[str, Any]] = {}
         self._completed = False
@@ -220,7 +221,11 @@ class _File:
                 ChecksumAlgorithm="SHA256",
                 **self._bucket.stored_as(),
             )
-            return str(answer["UploadId"])
+            upload = str(answer["UploadId"])
+            self._begun.append(upload)  # before it is asked whether `end_upload` was there already
+            if one.unwanted:
+                self._bucket.abort_upload(self._full, upload)
+            return upload
 
         with self._lock:
             if self._upload is None:
@@ -320,6 +325,6 @@ class _File:
         )
 
     def end_upload(self) -> None:
-        upload = self._upload
-        if upload is not None and not self._completed:
-            self._bucket.abort_upload(self._full, upload)
+        if not self._completed:
+            for upload in list(self._begun):
+                self._bucket.abort_upload(self._full, upload)
