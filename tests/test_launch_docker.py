@@ -208,6 +208,11 @@ SAYS = {
         True,
         False,
     ),
+    "docker without root or systemd": (
+        {"SecurityOptions": ["name=rootless"], "CgroupVersion": "2", "CgroupDriver": "none"},
+        True,
+        True,
+    ),
     "docker without root, v1": (
         {"SecurityOptions": ["name=rootless"], "CgroupVersion": "1"},
         True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 from runner.doctor.finding import Finding, fail, ok
@@ -26,5 +27,8 @@ def container(job: Job) -> Iterator[Finding]:
     assert isinstance(site, ContainerSite)
     version = ".".join(map(str, site.found.version))
     which = site.found.digest or site.found.id
-    yield ok("image", f"{which}, with Python {version} and this runner; the user is {site.user}")
+    user = site.user
+    if user == "0:0" and engine.is_rootless:
+        user = f"0:0, who is {os.geteuid()}:{os.getegid()} here: the engine runs without root"
+    yield ok("image", f"{which}, with Python {version} and this runner; the user is {user}")
     yield from validation(job, site)

@@ -76,10 +76,12 @@ class Engine:
     def has_no_limits(self) -> bool:
         """Whether it passes over limits of processors and memory, and does not say so.
 
-        Without root it may not set them where cgroups are of version 1. Source:
+        Without root it may not set them where cgroups are of version 1, nor where no systemd
+        hands it some: Docker has no driver for them then. Source:
         https://docs.docker.com/engine/security/rootless/tips/#limiting-resources
         """
-        return self.is_rootless and str(self.facts.get("CgroupVersion")) == "1"
+        is_first = str(self.facts.get("CgroupVersion")) == "1"
+        return self.is_rootless and (is_first or self.facts.get("CgroupDriver") == "none")
 
     @property
     def remaps_users(self) -> bool:

@@ -129,8 +129,8 @@ def _tell_of_limits(engine: Engine, job: Job) -> None:
     names = [f"resources.{name}" for name, limit in asked.items() if limit is not None]
     if names and engine.has_no_limits:
         log.warning(
-            "%s: not kept to, because the engine runs without root, and may set no limits in "
-            "cgroups of version 1",
+            "%s: not kept to, because the engine runs without root, and may set no limits here; "
+            "it may with cgroups of version 2 and systemd",
             " and ".join(names),
         )
 

@@ -126,15 +126,16 @@ def podman(engine: Docker, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         yield docker
 
 
-@pytest.fixture(scope="module")
-def rootless(engine: Docker) -> Iterator[Rootless]:
-    """The same of an ordinary user, and what it takes to be that user."""
+@pytest.fixture(scope="module", params=["docker", "podman"])
+def rootless(engine: Docker, request: pytest.FixtureRequest) -> Iterator[Rootless]:
+    """The engine of an ordinary user, and what it takes to be that user."""
     base = LocalEngine(cache_folder()).base
     if not base.exists():
         pytest.skip("the base image is that of an engine that was brought up by somebody else")
-    if (problem := missing_rootless(Path(sysconfig.get_path("purelib")))) is not None:
+    libraries = Path(sysconfig.get_path("purelib"))
+    if (problem := missing_rootless(request.param, libraries)) is not None:
         pytest.skip(problem)
-    with rootless_serving(base) as found:
+    with rootless_serving(request.param, base) as found:
         yield found
 
 

@@ -1,7 +1,8 @@
-"""Podman's service as an ordinary user has it, who is nobody on this machine.
+"""Docker's engine and Podman's service as an ordinary user has them, who is nobody on this machine.
 
-That user is known in a view of `/etc` which only the processes of the tests have. It needs what
-`servers.podman` needs, and Debian's `uidmap`.
+That user is known in a view of `/etc` which only the processes of the tests have. It takes root,
+what `servers.engine` or `servers.podman` needs, and Debian's `uidmap` and, for Docker,
+`rootlesskit`. Docker is started as its own `dockerd-rootless.sh` would, but without a network.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 from waiting import wait_until
@@ -24,21 +25,28 @@ from servers.engine import IMAGE, PATH_CHANGE, Docker
 from servers.podman import CONFIGURATION, START_SECONDS, configured, unmount
 from servers.podman import missing as missing_podman
 
+Kind = Literal["docker", "podman"]
 _MAY_READ = ("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search")
 _UID = 64_873  # that of nobody else
-_SUBORDINATES = f"{_UID}:1000000:65536\n"
+_NAME = "runner-tests"
+_SUBORDINATES = f"{_NAME}:1000000:65536\n"  # by number, rootlesskit would take them twice
 _HIDDEN = {
-    "passwd": f"runner-tests:x:{_UID}:{_UID}::{{folder}}/home:/bin/sh\n",
-    "group": f"runner-tests:x:{_UID}:\n",
+    "passwd": f"{_NAME}:x:{_UID}:{_UID}::{{folder}}/home:/bin/sh\n",
+    "group": f"{_NAME}:x:{_UID}:\n",
     "subuid": _SUBORDINATES,
     "subgid": _SUBORDINATES,
 }
 """Lines that `/etc` has for that user."""
 
+_CHANGES = ("-c", PATH_CHANGE, "-c", "ENV PYTHONUNBUFFERED=1")
+
+# What lies under these names is root's, and was only copied into the engine's view by name.
+_DOCKERD = 'rm -f /run/docker /run/containerd /run/xtables.lock /etc/docker; exec dockerd "$@"'
+
 
 @dataclass(frozen=True)
 class Rootless:
-    """An ordinary user's Podman. `words` come before a command that is to be that user's.
+    """An ordinary user's engine. `words` come before a command that is to be that user's.
 
     `reader` is the same for one that may read whatever root may: the interpreter of the tests can
     lie in root's home. `folder` is the user's own, and so is `memory`, in `/dev/shm`.
@@ -53,10 +61,14 @@ class Rootless:
     environment: Mapping[str, str]
 
 
-def missing(read: Path) -> str | None:
+def missing(kind: Kind, read: Path) -> str | None:
     """Why an ordinary user can have none here, if so; `read` is what it must be able to read."""
-    if (problem := missing_podman()) is not None:
+    if kind == "podman" and (problem := missing_podman()) is not None:
         return problem
+    if os.geteuid() != 0:
+        return "becoming an ordinary user takes root"
+    if kind == "docker" and shutil.which("rootlesskit") is None:
+        return "no rootlesskit: install the Debian package of that name"
     if shutil.which("newuidmap") is None or not Path("/etc/subuid").exists():
         return "no newuidmap: install the Debian package `uidmap`"
     if not _may("ls", str(read)):
@@ -77,16 +89,17 @@ def _user(*more: str) -> list[str]:
 
 
 @contextmanager
-def serving(base: Path) -> Iterator[Rootless]:
-    """A service of an ordinary user that has the base image."""
+def serving(kind: Kind, base: Path) -> Iterator[Rootless]:
+    """An engine of an ordinary user that has the base image, whose tree is the archive `base`."""
     with (
         tempfile.TemporaryDirectory(prefix="rootless-", ignore_cleanup_errors=True) as name,
         tempfile.TemporaryDirectory(dir="/dev/shm") as memory,
     ):
         folder = Path(name)
-        enter, settings = _enter(folder), configured(folder)
+        enter = _enter(folder)
+        settings = configured(folder) if kind == "podman" else {}
         rootless = Rootless(
-            Docker(f"unix://{folder}/podman.sock"),
+            Docker(f"unix://{folder}/engine.sock"),
             _UID,
             folder,
             Path(memory),
@@ -95,7 +108,7 @@ def serving(base: Path) -> Iterator[Rootless]:
             {
                 "HOME": f"{folder}/home",
                 "XDG_RUNTIME_DIR": f"{folder}/run",
-                **{name: settings[name] for name in CONFIGURATION},
+                **{name: settings[name] for name in CONFIGURATION if name in settings},
             },
         )
         for path in (folder, folder / "home", folder / "run", Path(memory)):
@@ -104,17 +117,33 @@ def serving(base: Path) -> Iterator[Rootless]:
             os.chown(path, _UID, _UID)
         with (folder / "log").open("wb") as log:
             service = subprocess.Popen(
-                [*rootless.words, "podman", "system", "service", "--time=0", rootless.docker.host],
+                [*rootless.words, *_service(kind, rootless)],
                 **_options(rootless), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip
         try:
-            wait_until(rootless.docker.answers, START_SECONDS, f"Podman's service, see {log.name}")
-            _import(rootless, base)
+            wait_until(rootless.docker.answers, START_SECONDS, f"the engine, see {log.name}")
+            if kind == "podman":
+                _import(rootless, base)
+            else:
+                rootless.docker.run("import", *_CHANGES, str(base), IMAGE)
             yield rootless
         finally:
             _end_all_of(_UID)
             service.wait(START_SECONDS)
             unmount(folder)
+
+
+def _service(kind: Kind, rootless: Rootless) -> list[str]:
+    host, own = rootless.docker.host, rootless.folder / "run"
+    if kind == "podman":
+        return ["podman", "system", "service", "--time=0", host]
+    return [
+        "rootlesskit", f"--state-dir={own}/kit", "--net=host", "--copy-up=/etc", "--copy-up=/run",
+        "--propagation=rslave", "sh", "-c", _DOCKERD, "sh", f"--host={host}",
+        f"--data-root={rootless.folder}/data", f"--exec-root={own}/docker",
+        f"--pidfile={own}/docker.pid", "--bridge=none", "--iptables=false", "--ip6tables=false",
+        "--ip-forward=false",
+    ]  # fmt: skip
 
 
 def _enter(folder: Path) -> str:
@@ -135,9 +164,8 @@ def _import(rootless: Rootless, base: Path) -> None:
     image = rootless.folder / "base.tar"
     shutil.copyfile(base, image)
     image.chmod(0o644)
-    words = ("podman", "import", "-c", PATH_CHANGE, "-c", "ENV PYTHONUNBUFFERED=1")
     done = subprocess.run(
-        [*rootless.words, *words, str(image), IMAGE],
+        [*rootless.words, "podman", "import", *_CHANGES, str(image), IMAGE],
         **_options(rootless), capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
