@@ -12,6 +12,7 @@ from pathlib import Path
 
 from runner.errors import SpoolError
 from runner.histogram import BUCKETS, bucket_of
+from runner.regular import open_regular
 
 _BOARD_BYTES = 4096
 _MAGIC = 0x52554E4E4552_0001  # "RUNNER", version 1
@@ -139,10 +140,13 @@ class Board:
     steps = _Durations(160)  # what the steps took; the trainer's
 
     def __init__(self, path: Path) -> None:
-        with path.open("r+b") as file:
-            if os.fstat(file.fileno()).st_size != _BOARD_BYTES:
+        descriptor = open_regular(path, os.O_RDWR)
+        try:
+            if os.fstat(descriptor).st_size != _BOARD_BYTES:
                 raise SpoolError(f"{path} is no board")
-            self._map = mmap.mmap(file.fileno(), _BOARD_BYTES)
+            self._map = mmap.mmap(descriptor, _BOARD_BYTES)
+        finally:
+            os.close(descriptor)
         self.words = memoryview(self._map).cast("Q")
         if self.words[0] != _MAGIC:
             raise SpoolError(f"{path} is no board of this version")

@@ -11,6 +11,7 @@ JSON does not have are written as text: "nan", "inf", "-inf".
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -20,6 +21,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from runner.regular import open_regular
 
 log = logging.getLogger(__name__)
 
@@ -132,12 +135,13 @@ class PointReader:
             while block := self._read(path):
                 taken.append(block)
             if path != found[-1]:  # nobody writes into it any more
-                path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    path.unlink()
         return b"".join(taken)
 
     def _read(self, path: Path) -> bytes:
         try:
-            with path.open("rb") as file:
+            with os.fdopen(open_regular(path), "rb") as file:
                 file.seek(self._offset)
                 block = file.read(_READ_BYTES)
         except OSError:  # dropped by its writer, or no descriptor is free for now

@@ -130,7 +130,7 @@ class Stage:
         self.options = {"snapshot_steps": 1, **options}
         self.folder = folder
         self.store = DirectoryStore(folder / "store")
-        self.spool = Spool(folder / "spool")
+        self.spool = Spool(folder / "spool", disk=folder / "disk")
         self.spool.open()
         self.ledger = Ledger(self.store, RUN_ID, new_owner())
         self.persister = Persister(self.store, self.ledger, Keep(last=keep))

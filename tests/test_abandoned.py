@@ -97,8 +97,8 @@ def test_what_belongs_to_another_user_is_not_touched(tmp_path: Path) -> None:
 
 def test_a_slot_on_disk_goes_with_its_spool(tmp_path: Path) -> None:
     path = left_behind(tmp_path)
-    rank = Spool(path).rank
-    rank.put_on_disk(0, tmp_path / "disk")
+    rank = Spool(path, disk=tmp_path / "disk").rank
+    rank.put_on_disk(0)
     open_slot(rank.slot_path(0), 4096)
 
     assert remove_abandoned(tmp_path, tmp_path / "own") == [path.name]

@@ -13,7 +13,7 @@ from slots import RUN, RefusingStore
 
 from runner.checkpoint.outputs import Outputs
 from runner.errors import StoreError
-from runner.store import DirectoryStore
+from runner.store import Content, DirectoryStore, Stored
 
 PLENTY = 1 << 30
 
@@ -118,6 +118,97 @@ def test_a_file_that_is_not_the_one_that_was_stored_is_left_out(
     assert tree(there) == {"good": b"good"}
     assert "output bad is not brought back" in caplog.text
     assert "output gone is not in the store any more" in caplog.text
+
+
+def test_a_shorter_file_than_the_index_says_costs_none_of_the_others(
+    store: DirectoryStore, here: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(here, good=b"good", bad=b"long", last=b"last")
+    Outputs(store, RUN, here, PLENTY).store_changed()
+    (store.root / RUN / "outputs" / "bad").write_bytes(b"s")
+
+    assert Outputs(store, RUN, tmp_path / "there", PLENTY).bring_back() == ["good", "last"]
+    assert "output bad is not brought back" in caplog.text
+
+
+def test_what_was_moved_before_a_refusal_is_in_the_index(
+    store: DirectoryStore, here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(here, a=b"1", bb=b"22")
+    put = store.put
+
+    def refuses(key: str, content: Content) -> tuple[bytes, ...]:
+        if key.endswith("/bb"):
+            raise StoreError("full")
+        return put(key, content)
+
+    monkeypatch.setattr(store, "put", refuses)
+    with pytest.raises(StoreError, match="full"):
+        Outputs(store, RUN, here, PLENTY).store_changed()
+
+    assert Outputs(store, RUN, tmp_path / "there", PLENTY).bring_back() == ["a"]
+
+
+# ---------------------------------------------------------------- a folder that is not ours alone
+
+
+def test_what_a_link_leads_to_is_not_stored_though_it_was_a_file_a_moment_ago(
+    store: DirectoryStore, here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "secret").write_text("outside")
+    (tmp_path / "secrets").mkdir()
+    (tmp_path / "secrets" / "x").write_text("outside")
+    write(here, a=b"1", bb=b"22", ccc=b"333")
+    (here / "folder").mkdir()
+    (here / "folder" / "x").write_bytes(b"4444")
+    put, kept = store.put, []
+
+    def swaps(key: str, content: Content) -> tuple[bytes, ...]:
+        if key.endswith("/a"):
+            (here / "bb").unlink()
+            (here / "bb").symlink_to(tmp_path / "secret")
+            (here / "ccc").unlink()
+            os.mkfifo(here / "ccc")
+            shutil.rmtree(here / "folder")
+            (here / "folder").symlink_to(tmp_path / "secrets")
+        kept.append(key)
+        return put(key, content)
+
+    monkeypatch.setattr(store, "put", swaps)
+
+    assert Outputs(store, RUN, here, PLENTY).store_changed() == ["a"]
+    assert kept == [f"{RUN}/outputs/a"]
+
+
+def test_what_is_brought_back_is_not_written_through_a_link(
+    store: DirectoryStore,
+    here: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    write(here, a=b"1")
+    (here / "folder").mkdir()
+    (here / "folder" / "x").write_bytes(b"22")
+    Outputs(store, RUN, here, PLENTY).store_changed()
+    there, outside = tmp_path / "there", tmp_path / "outside"
+    outside.mkdir()
+    stored = store.stored
+
+    def plants(key: str) -> Stored:
+        if key.endswith("/a"):
+            there.mkdir()
+            (there / "folder").symlink_to(outside)
+            (there / "a").symlink_to(outside / "a")
+        return stored(key)
+
+    monkeypatch.setattr(store, "stored", plants)
+
+    assert Outputs(store, RUN, there, PLENTY).bring_back() == ["a"]
+    assert list(outside.iterdir()) == []
+    assert (there / "a").read_bytes() == b"1"
+    assert not (there / "a").is_symlink()
+    assert "output folder/x is not brought back: something is in its way" in caplog.text
 
 
 def entry(**changes: object) -> dict[str, object]:

@@ -31,7 +31,7 @@ MIB = 1 << 20
 def rank(tmp_path: Path) -> RankSpool:
     folder = tmp_path / "spool" / "rank-00000"
     folder.mkdir(parents=True)
-    return RankSpool(folder)
+    return RankSpool(folder, disk=tmp_path / "disk")
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def small(tmp_path: Path) -> Iterator[RankSpool]:
         pytest.skip("this machine does not let root mount a tmpfs")
     try:
         (mount / "rank-00000").mkdir()
-        yield RankSpool(mount / "rank-00000")
+        yield RankSpool(mount / "rank-00000", disk=tmp_path / "disk")
     finally:
         subprocess.run(["umount", "-l", mount], check=True)
 
@@ -55,7 +55,7 @@ def resident_pages(path: Path) -> int:
 
 
 def test_slots_are_there_before_the_first_save(rank: RankSpool, tmp_path: Path) -> None:
-    memory = SlotMemory(rank, 2, tmp_path / "disk")
+    memory = SlotMemory(rank, 2)
     memory.expect(3 * MIB)
     first = memory.get(0, 2 * MIB)
 
@@ -65,7 +65,7 @@ def test_slots_are_there_before_the_first_save(rank: RankSpool, tmp_path: Path) 
 
 
 def test_a_state_that_outgrows_what_was_expected_gets_more(rank: RankSpool, tmp_path: Path) -> None:
-    memory = SlotMemory(rank, 2, tmp_path / "disk")
+    memory = SlotMemory(rank, 2)
     memory.expect(MIB)
     memory.get(0, MIB)[:5] = b"old 0"
 
@@ -74,7 +74,7 @@ def test_a_state_that_outgrows_what_was_expected_gets_more(rank: RankSpool, tmp_
 
 
 def test_a_slot_that_was_cut_short_is_made_whole(rank: RankSpool, tmp_path: Path) -> None:
-    memory = SlotMemory(rank, 1, tmp_path / "disk")
+    memory = SlotMemory(rank, 1)
     memory.get(0, MIB)
     os.truncate(rank.slot_path(0), 10)
 
@@ -103,7 +103,7 @@ def test_the_plan_is_stepped_down_with_one_warning_that_gives_the_numbers(
     words: str,
 ) -> None:
     monkeypatch.setattr(slots, "available_bytes", lambda folder: available)
-    memory = SlotMemory(rank, 2, tmp_path / "disk")
+    memory = SlotMemory(rank, 2)
     memory.expect(10 * MIB)
     memory.get(0, 10 * MIB)
     memory.get(0, 10 * MIB)
@@ -118,7 +118,7 @@ def test_the_plan_is_stepped_down_with_one_warning_that_gives_the_numbers(
 def test_no_slots_means_one_on_disk_without_a_warning(
     rank: RankSpool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    memory = SlotMemory(rank, 0, tmp_path / "disk")
+    memory = SlotMemory(rank, 0)
     memory.expect(MIB)
     memory.get(0, MIB)
 
@@ -131,7 +131,7 @@ def test_no_slots_means_one_on_disk_without_a_warning(
 
 
 def test_a_full_file_system_is_found_out_and_not_run_into(small: RankSpool, tmp_path: Path) -> None:
-    memory = SlotMemory(small, 2, tmp_path / "disk")
+    memory = SlotMemory(small, 2)
     memory.expect(3 * MIB)
 
     assert len(memory.get(1, 3 * MIB)) == 3 * MIB
@@ -145,7 +145,7 @@ def test_room_that_somebody_else_took_meanwhile_sends_the_slot_to_disk(
 ) -> None:
     monkeypatch.setattr(slots, "available_bytes", lambda folder: 100 * MIB)  # as it was
     (small.folder / "somebody-else").write_bytes(bytes(6 * MIB))
-    memory = SlotMemory(small, 2, tmp_path / "disk")
+    memory = SlotMemory(small, 2)
 
     with pytest.raises(SpoolFull) as full:
         memory.get(0, 4 * MIB)
@@ -157,11 +157,11 @@ def test_room_that_somebody_else_took_meanwhile_sends_the_slot_to_disk(
 def test_a_claimed_slot_is_not_moved_to_disk_under_its_reader(
     rank: RankSpool, tmp_path: Path
 ) -> None:
-    memory = SlotMemory(rank, 1, tmp_path / "disk")
+    memory = SlotMemory(rank, 1)
     memory.get(0, MIB)
     (rank.folder / "slot-0.claimed.json").write_text("{}")
 
-    assert not rank.put_on_disk(0, tmp_path / "disk")
+    assert not rank.put_on_disk(0)
     assert rank.slot_path(0).stat().st_size == MIB
 
 
@@ -199,10 +199,10 @@ class MortalDevice:
 class Trainer:
     """Its state are two tensors that are full of the number of the step."""
 
-    def __init__(self, rank: RankSpool, count: int, disk: Path) -> None:
+    def __init__(self, rank: RankSpool, count: int) -> None:
         self.device = MortalDevice()
         overlap = Overlap(self.device, [], enabled=False)
-        memory = SlotMemory(rank, count, disk)
+        memory = SlotMemory(rank, count)
         self._writer = SnapshotWriter(rank, memory, overlap, alive=lambda: None)
 
     def save(self, step: int, *triggers: str) -> bool:
@@ -227,7 +227,7 @@ def test_a_kill_inside_a_copy_costs_what_only_a_third_slot_saves(
     The copy of step 13 goes over step 12 where there are two slots, for step 10 is claimed. A kill
     in its middle costs the steps since 10. A third slot leaves step 12 as it is.
     """
-    trainer = Trainer(rank, count, tmp_path / "disk")
+    trainer = Trainer(rank, count)
     claims = Claims(rank)  # the supervisor's
     assert trainer.save(10, "interval")
     persisting = claims.take(0)
@@ -253,7 +253,7 @@ def test_the_window_of_two_slots_is_shut_again_when_the_save_has_ended(
     rank: RankSpool, tmp_path: Path
 ) -> None:
     """With no slot claimed, a copy goes over the older one, and a kill in it costs one snapshot."""
-    trainer = Trainer(rank, 2, tmp_path / "disk")
+    trainer = Trainer(rank, 2)
     claims = Claims(rank)
     trainer.save(10, "interval")
     claims.take(0)

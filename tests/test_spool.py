@@ -16,10 +16,13 @@ from waiting import wait_until
 
 from runner.board import Board, Request, Why
 from runner.errors import SpoolError, SpoolFull, SpoolTaken
+from runner.points import PointReader
+from runner.regular import open_regular
 from runner.spool import (
     Marker,
     RankSpool,
     Spool,
+    give_to,
     is_locked,
     new_owner,
     open_slot,
@@ -35,7 +38,7 @@ LARGEST = 2**64 - 1
 
 @pytest.fixture
 def rank(tmp_path: Path) -> RankSpool:
-    rank = RankSpool(tmp_path / "rank-00000")
+    rank = RankSpool(tmp_path / "rank-00000", disk=tmp_path / "disk")
     rank.folder.mkdir()
     return rank
 
@@ -129,10 +132,12 @@ def test_a_slot_can_be_given_back_without_any_memory(
     marker = fill(rank, 0, NEW, must=before)
     rank.claim(0)
 
-    def full(path: Path, content: bytes) -> int:
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def full(path: Path, flags: int = os.O_RDONLY, mode: int = 0) -> int:
+        if flags & os.O_CREAT:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return open_regular(path, flags)
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr("runner.spool.files.open_regular", full)
     rank.give_back(0, must=not before)
 
     assert rank.complete() == ([] if before else [marker])
@@ -482,12 +487,12 @@ def test_a_status_is_that_of_a_living_supervisor(tmp_path: Path) -> None:
 
 
 def test_a_removed_spool_is_gone_and_free(tmp_path: Path) -> None:
-    spool = Spool(tmp_path / "spool")
+    disk = tmp_path / "disk"
+    spool = Spool(tmp_path / "spool", disk=disk)
     spool.open()
     spool.write_plan({"slots": 2})
     spool.ask_to_stop()
-    disk = tmp_path / "disk"
-    assert spool.rank.put_on_disk(0, disk)
+    assert spool.rank.put_on_disk(0)
     fill(spool.rank, 0, NEW)
     assert read_json(spool.path / "plan.json") == {"slots": 2}
     assert len(list(disk.iterdir())) == 1
@@ -590,11 +595,11 @@ def test_a_slot_that_is_missing_or_empty_cannot_be_read(
 def test_a_slot_can_be_a_file_on_disk(rank: RankSpool, tmp_path: Path) -> None:
     fill(rank, 0, OLD)
 
-    assert rank.put_on_disk(0, tmp_path / "disk")
+    assert rank.put_on_disk(0)
 
     assert rank.complete() == []  # its content is lost
     marker = fill(rank, 0, NEW)
-    assert rank.put_on_disk(0, tmp_path / "disk")
+    assert rank.put_on_disk(0)
     assert rank.complete() == [marker]
     assert read_slot(rank, marker) == NEW.files
     (target,) = (tmp_path / "disk").iterdir()
@@ -606,7 +611,7 @@ def test_a_slot_that_is_claimed_is_not_moved_to_disk(rank: RankSpool, tmp_path: 
     marker = rank.claim(0)
     assert marker is not None
 
-    assert not rank.put_on_disk(0, tmp_path / "disk")
+    assert not rank.put_on_disk(0)
 
     assert read_slot(rank, marker) == NEW.files
 
@@ -617,3 +622,79 @@ def test_a_spool_on_a_file_system_that_cannot_be_written_is_named(tmp_path: Path
 
         with pytest.raises(SpoolError, match=r"spool cannot be made: Read-only.*RUNNER_SPOOL_ROOT"):
             Spool(folder / "spool").open()
+
+
+# ---------------------------------------------------------------- what a trainer may have put there
+
+
+@pytest.fixture
+def outside(tmp_path: Path) -> Path:
+    """A file that the other side may not see."""
+    path = tmp_path / "outside" / "secret"
+    path.parent.mkdir()
+    path.write_text('{"slot": 0, "secret": true}')
+    return path
+
+
+def test_no_link_in_the_spool_is_followed(rank: RankSpool, outside: Path) -> None:
+    before = outside.read_bytes()
+    for name in ("slot-1.json", "facts.json", "slot-2.claimed.json", "fetched", "board"):
+        (rank.folder / name).symlink_to(outside)
+    (rank.folder / f".fetched.json.{os.getpid()}").symlink_to(outside)
+
+    assert rank.complete() == rank.claimed() == []
+    assert rank.read("facts.json") == {}
+    with pytest.raises(OSError, match="symbolic links"):
+        rank.open_slot(rank.folder / "fetched", 100)
+    with pytest.raises(OSError, match="symbolic links"):
+        Board(rank.folder / "board")
+    rank.send("fetched.json", {"number": 1})
+
+    assert rank.read("fetched.json") == {"number": 1}
+    assert outside.read_bytes() == before
+
+
+def test_a_slot_that_links_elsewhere_is_neither_read_nor_written_nor_deleted(
+    rank: RankSpool, outside: Path, tmp_path: Path
+) -> None:
+    before = outside.read_bytes()
+    (rank.folder / "slot-0").symlink_to(outside)
+    (tmp_path / "disk").mkdir()
+
+    rank.open_slot(rank.slot_path(0), 4096)[:4] = b"mine"
+    rank.remove_disk_slots()
+    rank.slot_path(0).unlink()
+    rank.slot_path(0).symlink_to(outside)  # in the folder on disk, which is the trainer's as well
+
+    with pytest.raises(SpoolError, match="slot-0 cannot be read"):
+        view_slot(rank.slot_path(0))
+    with pytest.raises(OSError, match="symbolic links"):
+        rank.open_slot(rank.slot_path(0), 4096)
+    rank.remove_disk_slots()
+    assert outside.read_bytes() == before
+
+
+def test_a_pipe_in_the_spool_holds_nobody_up(rank: RankSpool) -> None:
+    for name in ("slot-0.json", "slot-0", "lock", "points-000001-000000.jsonl"):
+        os.mkfifo(rank.folder / name)
+
+    assert rank.complete() == []
+    with pytest.raises(SpoolError):
+        view_slot(rank.slot_path(0))
+    assert is_locked(rank.folder / "lock")  # nobody can tell, so it is not removed
+    assert PointReader(rank.folder).take() == b""
+
+
+def test_a_folder_is_given_away_and_not_what_links_in_it_lead_to(outside: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root gives files away")
+    folder = outside.parent / "given"
+    (folder / "below").mkdir(parents=True)
+    (folder / "below" / "file").touch()
+    (folder / "link").symlink_to(outside)
+    (folder / "folder").symlink_to(outside.parent)
+
+    give_to(folder, (65534, 65534))
+
+    assert {path.lstat().st_uid for path in (folder, *folder.rglob("*"))} == {65534}
+    assert outside.stat().st_uid == outside.parent.stat().st_uid == 0

@@ -93,13 +93,12 @@ class Keeper:
         *,
         best: tuple[str, str] | None = None,
         prefer_healthy: bool = False,
-        disk: Path | None = None,
         always_disk: bool = False,
         on_durable: Callable[[int], None] = lambda step: None,
     ) -> None:
         self._rank, self._persister, self._archive = rank, persister, archive
         self._best, self._prefer_healthy = best, prefer_healthy
-        self._disk, self._always_disk = disk, always_disk
+        self._always_disk = always_disk
         self._on_durable = on_durable
         self._claims = Claims(rank)
         self._durable = _NEVER
@@ -251,11 +250,11 @@ class Keeper:
         path = self._rank.slot_path(0)
         held = path.stat().st_size if path.exists() else 0
         room = slots_that_fit(1, nbytes, available_bytes(self._rank.folder), held)
-        if self._disk is not None and (self._always_disk or not room):
-            self._rank.put_on_disk(0, self._disk)
+        if self._rank.disk is not None and (self._always_disk or not room):
+            self._rank.put_on_disk(0)
         elif not room:
             raise SpoolFull(f"there is no memory for a checkpoint of {nbytes / 1e6:.0f} MB")
-        return memoryview(self._rank.open_slot(path, nbytes))
+        return memoryview(self._rank.open_slot(self._rank.slot_path(0), nbytes))
 
     def _hold(self, loaded: Loaded, facts: Mapping[str, Any]) -> tuple[Marker, Moment]:
         marker = marker_of(0, loaded, facts)

@@ -6,30 +6,37 @@
 They are stored when an attempt ends, after its checkpoint, and brought back to a node that has
 none of them. Only what has changed is moved. They are not part of a checkpoint: nothing is resumed
 from them.
+
+The folder is the script's, which may be in a container and change it at any time: no link in it is
+followed, neither to read nor to write.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import logging
 import os
+import secrets
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from runner.checkpoint.format import part_bytes_for
 from runner.errors import NotFound
+from runner.regular import open_folder_below, open_regular
 from runner.spool import give_to
-from runner.store import Content, Part, Store
+from runner.store import Content, Part, Store, Stored
 
 log = logging.getLogger(__name__)
 
 _MAX_INDEX_BYTES = 64 << 20
 _NAMED = 3  # files that a warning names
-_READ_BYTES = 16 << 20
+_IN_THE_WAY = (errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 
 
 @dataclass(frozen=True)
@@ -68,23 +75,26 @@ class Outputs:
         known = self._index()
         chosen = self._choose()
         moved = []
-        for path, status in chosen.items():
-            before = known.get(path)
-            if before and (before.size, before.modified_ns) == (status.st_size, status.st_mtime_ns):
-                continue
-            stored = self._store_file(path, status)
-            if stored is not None:
-                known[path] = stored
-                moved.append(path)
-        if moved:
-            document = {name: asdict(file) for name, file in sorted(known.items())}
-            self._store.replace(self._index_key, json.dumps(document, indent=1).encode() + b"\n")
+        try:
+            for path, status in chosen.items():
+                before = known.get(path)
+                now = (status.st_size, status.st_mtime_ns)
+                if before and (before.size, before.modified_ns) == now:
+                    continue
+                stored = self._store_file(path)
+                if stored is not None:
+                    known[path] = stored
+                    moved.append(path)
+        finally:  # what was moved before one that cannot be
+            if moved:
+                self._write_index(known)
         return moved
 
     def bring_back(self) -> list[str]:
         """Fetch what an earlier attempt has stored, where this node has nothing; the paths.
 
-        A file that is not the one that was stored is left out, with a warning. Raises StoreError.
+        A file that is not the one that was stored is left out, with a warning; one that an attempt
+        has stored whole, and was killed before it could say so, is taken. Raises StoreError.
         """
         if self._folder.is_dir() and any(self._folder.iterdir()):
             return []
@@ -160,9 +170,12 @@ class Outputs:
                 self._known = {}
         return self._known
 
-    def _store_file(self, path: str, status: os.stat_result) -> OutputFile | None:
+    def _write_index(self, known: Mapping[str, OutputFile]) -> None:
+        document = {name: asdict(file) for name, file in sorted(known.items())}
+        self._store.replace(self._index_key, json.dumps(document, indent=1).encode() + b"\n")
+
+    def _store_file(self, path: str) -> OutputFile | None:
         """None if it is gone. One that is being written is stored as it was found."""
-        part_bytes = part_bytes_for(status.st_size)
         whole, size = hashlib.sha256(), 0
 
         def parts(file: IO[bytes]) -> Iterator[Part]:
@@ -175,31 +188,65 @@ class Outputs:
                 yield Part(memoryview(b""))
 
         try:
-            file = (self._folder / path).open("rb")
+            folder = open_folder_below(self._folder, PurePosixPath(path).parent)
+            try:
+                descriptor = open_regular(PurePosixPath(path).name, folder=folder)
+            finally:
+                os.close(folder)
         except OSError:
             return None
-        with file:
+        with os.fdopen(descriptor, "rb") as file:
+            status = os.fstat(descriptor)
+            part_bytes = part_bytes_for(status.st_size)
             self._store.put(self._key(path), Content(path, part_bytes, parts(file)))
         return OutputFile(size, whole.hexdigest(), status.st_mtime_ns)
 
     def _fetch(self, path: str, file: OutputFile) -> None:
-        target = self._folder / path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.part")
-        whole = hashlib.sha256()
+        """ValueError if it is not what was stored, or if something is in its way here."""
+        stored = self._store.stored(self._key(path))
+        if stored.size > self._max_bytes:
+            raise ValueError(f"it has {stored.size / 1e6:.0f} MB, more than outputs.max_size")
+        self._folder.mkdir(parents=True, exist_ok=True)
         try:
-            with temporary.open("wb") as out:
-                for at in range(0, file.size, _READ_BYTES):
-                    buffer = memoryview(bytearray(min(_READ_BYTES, file.size - at)))
+            folder = open_folder_below(self._folder, PurePosixPath(path).parent, make=True)
+            try:
+                self._fetch_into(folder, path, file, stored)
+            finally:
+                os.close(folder)
+        except OSError as error:
+            if error.errno not in _IN_THE_WAY:
+                raise
+            raise ValueError(f"something is in its way: {error.strerror}") from error
+
+    def _fetch_into(self, folder: int, path: str, file: OutputFile, stored: Stored) -> None:
+        name = PurePosixPath(path).name
+        temporary = f".{name[:64]}.{secrets.token_hex(8)}.part"
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+        descriptor = open_regular(temporary, flags, 0o666, folder=folder)
+        try:
+            with os.fdopen(descriptor, "wb") as out:
+                parts, whole = [], hashlib.sha256()
+                part_bytes = part_bytes_for(stored.size)
+                for at in range(0, stored.size, part_bytes):
+                    buffer = memoryview(bytearray(min(part_bytes, stored.size - at)))
                     self._store.fetch(self._key(path), at, buffer)
                     whole.update(buffer)
+                    parts.append(hashlib.sha256(buffer).digest() if stored.digest else b"")
                     out.write(buffer)
-            if whole.hexdigest() != file.sha256:
-                raise ValueError("its content is not what was stored")
-            os.utime(temporary, ns=(file.modified_ns, file.modified_ns))
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
+                out.flush()
+                if whole.hexdigest() == file.sha256:
+                    os.utime(descriptor, ns=(file.modified_ns, file.modified_ns))
+                elif stored.digest not in (whole.hexdigest(), _digest_over(parts)):
+                    raise ValueError("its content is not what was stored")
+            os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary, dir_fd=folder)
+            raise
+
+
+def _digest_over(parts: Sequence[bytes]) -> str:
+    return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def _read_entry(entry: tuple[str, Mapping[str, Any]]) -> tuple[str, OutputFile]:

@@ -26,6 +26,7 @@ from runner.job import Job
 from runner.job_launch import import_folders, interpreter
 from runner.launch.process import build_environment
 from runner.launch.process_tree import MARK_VARIABLE, mark_prefix, read_entry
+from runner.regular import open_regular
 from runner.trial_files import REQUEST, RESULT
 from runner.units import format_duration
 
@@ -181,8 +182,7 @@ def read_answer(folder: Path, code: int, printed: bytes) -> Answer:
 
 
 def _read_plain(path: Path) -> bytes:
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    with os.fdopen(descriptor, "rb") as file:
+    with os.fdopen(open_regular(path), "rb") as file:
         return file.read(_RESULT_BYTES)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from runner.errors import SpoolError, SpoolFull
+from runner.regular import open_regular
 
 Owner = tuple[int, int]
 """A user and a group, by their numbers."""
@@ -24,7 +25,7 @@ _LOCK_SECONDS = 0.01
 def read_json(path: Path) -> dict[str, Any] | None:
     """A small JSON object, or None if there is none."""
     try:
-        with path.open("rb") as file:
+        with os.fdopen(open_regular(path), "rb") as file:
             content = json.loads(file.read(_MAX_JSON_BYTES))
     except (OSError, ValueError, RecursionError):
         return None
@@ -39,9 +40,12 @@ def put(path: Path, content: bytes, owner: Owner | None = None) -> None:
     """Put a whole file in place at once. It lives no longer than the node: no fsync."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_bytes(content)
-        if owner is not None:
-            os.chown(temporary, *owner)
+        temporary.unlink(missing_ok=True)  # of a dead process with our number, or put in our way
+        descriptor = open_regular(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            if owner is not None:
+                os.fchown(descriptor, *owner)
         temporary.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -52,20 +56,23 @@ def put(path: Path, content: bytes, owner: Owner | None = None) -> None:
 
 
 def give_to(folder: Path, owner: Owner | None) -> None:
-    """Let a folder with all that is in it belong to somebody else. Links are not followed."""
+    """Let a folder with all that is in it belong to somebody else. Links are not followed.
+
+    Not even those that come to be while we walk: each folder is held open.
+    """
     if owner is None or not folder.exists():
         return
     os.chown(folder, *owner, follow_symlinks=False)
-    for parent, folders, files in os.walk(folder):
+    for _, folders, files, held in os.fwalk(folder):
         for name in (*folders, *files):
             with contextlib.suppress(FileNotFoundError):
-                os.chown(Path(parent, name), *owner, follow_symlinks=False)
+                os.chown(name, *owner, dir_fd=held, follow_symlinks=False)
 
 
 def locked(path: Path) -> IO[bytes] | None:
     """The file, locked for as long as it is open; None if another process has the lock."""
     try:
-        file = path.open("ab")
+        file = os.fdopen(open_regular(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666), "ab")
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -85,7 +92,7 @@ def locked(path: Path) -> IO[bytes] | None:
 def is_locked(path: Path) -> bool:
     """Whether a living process has this lock. Takes nothing for longer than it looks."""
     try:
-        with path.open("rb") as file:
+        with os.fdopen(open_regular(path), "rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False

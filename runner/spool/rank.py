@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import mmap
-import os
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import asdict
@@ -16,6 +15,7 @@ from runner.spool.files import Owner, dump, give_to, locked, put, read_json
 from runner.spool.slots import Marker, open_slot, read_marker
 
 FACTS_FILE = "facts.json"  # where a checkpoint comes from, as far as only the trainer knows
+_MOST_SLOTS = 10
 _SLOT_MARKER = re.compile(r"slot-([0-9])\.json")
 
 
@@ -23,50 +23,62 @@ class RankSpool:
     """The part of the spool that belongs to one rank. Both sides use it, each its own verbs.
 
     `owner` is whom all in it is to belong to, where that is another user than we are: a trainer in
-    a container. `disk_here` is how a trainer sees the folder into which slots on disk are linked,
-    where that has another name for it.
+    a container. Slots on disk are files in `disk`; `disk_here` is how a trainer sees that folder,
+    where it has another name there.
     """
 
     def __init__(
-        self, folder: Path, owner: Owner | None = None, disk_here: Path | None = None
+        self,
+        folder: Path,
+        owner: Owner | None = None,
+        disk: Path | None = None,
+        disk_here: Path | None = None,
     ) -> None:
-        self.folder, self.owner, self._disk_here = folder, owner, disk_here
+        self.folder, self.owner = folder, owner
+        self.disk, self._disk_here = disk, disk_here or disk
 
     def slot_path(self, slot: int) -> Path:
+        """Where a slot's content is. That it is on disk is said by a link, and where by us.
+
+        The other side can let a link lead to any file.
+        """
         path = self.folder / f"slot-{slot}"
         if self._disk_here is not None and path.is_symlink():
-            return self._disk_here / path.readlink().name
+            return self._disk_here / self._name_on_disk(slot)
         return path
+
+    def _name_on_disk(self, slot: int) -> str:
+        return f"{self.folder.parent.name}-{self.folder.name}-slot-{slot}"
 
     def open_slot(self, path: Path, nbytes: int) -> mmap.mmap:
         """Map a slot for writing, as `open_slot` does; a new one belongs to the owner."""
-        memory = open_slot(path, nbytes)
-        if self.owner is not None:
-            os.chown(path, *self.owner)
-        return memory
+        return open_slot(path, nbytes, self.owner)
 
-    def put_on_disk(self, slot: int, disk: Path) -> bool:
+    def put_on_disk(self, slot: int) -> bool:
         """Let a slot be a file in `disk`, where memory is too short for it. Its content is lost.
 
-        False, and nothing is done, while the supervisor has it claimed.
+        False, and nothing is done, while the supervisor has it claimed, or where there is no disk.
         """
         path = self.folder / f"slot-{slot}"
         if path.is_symlink():
             return True
-        if self.is_claimed(slot):
+        if self.disk is None or self._disk_here is None or self.is_claimed(slot):
             return False
-        (self._disk_here or disk).mkdir(mode=0o700, exist_ok=True)
-        give_to(disk, self.owner)
-        target = disk / f"{self.folder.parent.name}-{self.folder.name}-slot-{slot}"
+        self._disk_here.mkdir(mode=0o700, exist_ok=True)
+        give_to(self.disk, self.owner)
         self.withdraw(slot)
         path.unlink(missing_ok=True)
-        path.symlink_to(target)
+        path.symlink_to(self.disk / self._name_on_disk(slot))
         return True
 
     def remove_disk_slots(self) -> None:
-        """Delete the files that slots on disk are."""
-        for path in self.folder.glob("slot-?"):
-            if path.is_symlink():
+        """Delete the files that slots on disk are, whichever disk that is.
+
+        A link to what has no such name is none of ours, and what it leads to is left alone.
+        """
+        for slot in range(_MOST_SLOTS):
+            path = self.folder / f"slot-{slot}"
+            if path.is_symlink() and path.readlink().name == self._name_on_disk(slot):
                 path.readlink().unlink(missing_ok=True)
 
     # ------------------------------------------------------------------ the trainer's side

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from runner.errors import SpoolError, SpoolFull
-from runner.spool.files import read_json
+from runner.regular import open_regular
+from runner.spool.files import Owner, read_json
 
 
 @dataclass(frozen=True)
@@ -68,13 +69,13 @@ def _weights(content: Mapping[str, Any] | None) -> Weights | None:
     return Weights(int(content["save"]), [str(name) for name in content["components"]])
 
 
-def open_slot(path: Path, nbytes: int) -> mmap.mmap:
-    """Map a slot of at least `nbytes`, its memory reserved before it is used.
+def open_slot(path: Path, nbytes: int, owner: Owner | None = None) -> mmap.mmap:
+    """Map a slot of at least `nbytes`, its memory reserved before it is used; it is `owner`'s then.
 
     Without the reservation a tmpfs that is full answers a store into the mapping with SIGBUS.
     Raises SpoolFull if there is no room; a slot that was there keeps its content then.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    descriptor = open_regular(path, os.O_RDWR | os.O_CREAT)
     try:
         size = max(os.fstat(descriptor).st_size, nbytes, 1)
         try:
@@ -85,6 +86,8 @@ def open_slot(path: Path, nbytes: int) -> mmap.mmap:
             raise SpoolFull(
                 f"{path.parent} has no room for a slot of {nbytes / 1e6:.1f} MB"
             ) from error
+        if owner is not None:
+            os.fchown(descriptor, *owner)
         return mmap.mmap(descriptor, size)
     finally:
         os.close(descriptor)
@@ -93,7 +96,10 @@ def open_slot(path: Path, nbytes: int) -> mmap.mmap:
 def view_slot(path: Path) -> memoryview:
     """Map a slot for reading. SpoolError if it is not there or is empty."""
     try:
-        with path.open("rb") as file:
-            return memoryview(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ))
+        descriptor = open_regular(path)
+        try:
+            return memoryview(mmap.mmap(descriptor, 0, prot=mmap.PROT_READ))
+        finally:
+            os.close(descriptor)
     except (OSError, ValueError) as error:
         raise SpoolError(f"{path} cannot be read: {error}") from error

@@ -33,16 +33,16 @@ class Spool:
     """The whole spool of one run on this node, as the supervisor has it.
 
     With an `owner`, the trainer is another user: the rank's part is given to that one, and the
-    folder around it stays ours.
+    folder around it stays ours. `disk` is where slots go that memory is too short for.
     """
 
-    def __init__(self, path: Path, owner: Owner | None = None) -> None:
-        self.path, self.owner = path, owner
+    def __init__(self, path: Path, owner: Owner | None = None, disk: Path | None = None) -> None:
+        self.path, self.owner, self._disk = path, owner, disk
         self._lock: IO[bytes] | None = None
 
     @property
     def rank(self) -> RankSpool:
-        return RankSpool(self.path / "rank-00000", self.owner)
+        return RankSpool(self.path / "rank-00000", self.owner, self._disk)
 
     def open(self) -> None:
         """Create it or take over what is there. SpoolTaken if a living supervisor has it."""

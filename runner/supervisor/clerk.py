@@ -320,9 +320,12 @@ class Clerk(threading.Thread):
                 log.info("brought back %d files that the run has written before", len(brought))
 
     def _store_outputs(self) -> None:
+        if self._outputs is None:
+            return
         try:
-            moved = [] if self._outputs is None else self._outputs.store_changed()
-        except (StoreError, OSError) as error:
+            self._ledger.check_fence()  # the node that has the run now may have stored newer ones
+            moved = self._outputs.store_changed()
+        except (StoreError, OSError, Fenced) as error:
             log.warning("the run's own files could not be stored: %s", error)
         else:
             if moved:

@@ -149,7 +149,6 @@ class Supervisor:
             ),
             best=None if best is None else (best.metric, best.mode),
             prefer_healthy=self._job.health.restore == "healthy",
-            disk=self._files.slots,
             always_disk=checkpoint.slots == 0,
             on_durable=lambda step: self._clerk.durable(step),
         )

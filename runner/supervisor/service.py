@@ -137,7 +137,8 @@ def supervise(
 
 def _open_spool(run_id: str, store: Store, site: Site) -> Spool:
     root = os.environ.get(index.SPOOL_ROOT_VARIABLE)
-    spool = Spool(spool_path(run_id, store.url, root), site.owner)
+    slots = LocalFiles(index.files_of(run_id, store.url)).slots
+    spool = Spool(spool_path(run_id, store.url, root), site.owner, slots)
     try:
         spool.open()
     except SpoolTaken as error:

@@ -55,7 +55,8 @@ def open_alone(optimizers: Sequence[torch.optim.Optimizer]) -> Session:
     logging.basicConfig(level=logging.INFO, format="runner: %(message)s", stream=sys.stderr)
     run_id = _run_id()
     store = open_store(str(Path(os.environ.get(STORE_VARIABLE, "runs")).resolve()))
-    spool = Spool(spool_path(run_id, store.url))
+    disk = Path(store.url) / run_id / ".slots"
+    spool = Spool(spool_path(run_id, store.url), disk=disk)
     spool.open()
     ledger = Ledger(store, run_id, new_owner())
     ledger.begin({"run_id": run_id, "created_at": utc_now(), "command": sys.argv})
@@ -66,7 +67,7 @@ def open_alone(optimizers: Sequence[torch.optim.Optimizer]) -> Session:
         run_id,
         record.attempt,
         str(output_dir),
-        disk=str(Path(store.url) / run_id / ".slots"),
+        disk=str(disk),
         every=Interval(minutes=_EVERY_MINUTES),
     )
     facts = collect(Path.cwd(), sys.argv)

@@ -61,16 +61,16 @@ class Session:
         optimizers: Sequence[torch.optim.Optimizer] = (),
     ) -> None:
         self.plan = Plan.from_json(read_json(spool / "plan.json"))
+        disk = Path(self.plan.disk) if self.plan.disk else spool / "disk"
         mounted = Path(self.plan.disk_here) if self.plan.disk_here else None
-        self.rank = RankSpool(spool / "rank-00000", disk_here=mounted)
+        self.rank = RankSpool(spool / "rank-00000", disk=disk, disk_here=mounted)
         self._lock: IO[bytes] = self.rank.lock()
         self.board = Board(self.rank.folder / "board")
         self.board.pid = os.getpid()
         self.accounts = Accounts(self.board)
         self._lifeline: Lifeline | None = None
         self._points = PointWriter(self.rank.folder, self.plan.attempt) if supervised else None
-        disk = Path(self.plan.disk) if self.plan.disk else spool / "disk"
-        self.slots = SlotMemory(self.rank, self.plan.slots, disk)
+        self.slots = SlotMemory(self.rank, self.plan.slots)
         self._overlap = Overlap(engine_for_this_machine(), optimizers, enabled=self.plan.overlap)
         self._writer = SnapshotWriter(self.rank, self.slots, self._overlap, self._wait_for_slot)
         self.facts = Facts(self.rank)

@@ -29,11 +29,11 @@ _PAGE_BYTES = 4096
 class SlotMemory:
     """The slots of one rank as the trainer has them mapped.
 
-    `wanted` slots in memory, as many of them as fit; 0 is one slot on disk, in `disk`.
+    `wanted` slots in memory, as many of them as fit; 0 is one slot on the rank's disk.
     """
 
-    def __init__(self, rank: RankSpool, wanted: int, disk: Path) -> None:
-        self._rank, self._wanted, self._disk = rank, wanted, disk
+    def __init__(self, rank: RankSpool, wanted: int) -> None:
+        self._rank, self._wanted = rank, wanted
         self.count = max(1, wanted)
         self.on_disk = False
         self._maps: dict[int, mmap.mmap] = {}
@@ -59,12 +59,12 @@ class SlotMemory:
         """
         self._finish_preparing()
         known = self._maps.get(slot)
-        path = self._rank.slot_path(slot)
-        if known is not None and len(known) >= nbytes and _size(path) >= len(known):
+        whole = _size(self._rank.slot_path(slot))
+        if known is not None and len(known) >= nbytes and whole >= len(known):
             return known
         if known is None or len(known) < nbytes:
-            self._settle(nbytes)
-        self._maps[slot] = _open_and_touch(path, nbytes)
+            self._settle(nbytes)  # which may put it on disk
+        self._maps[slot] = _open_and_touch(self._rank.slot_path(slot), nbytes)
         return self._maps[slot]
 
     def retreat_to_disk(self, reason: Exception) -> bool:
@@ -73,7 +73,7 @@ class SlotMemory:
             return False
         log.warning("%s: from now on there is one slot, on disk", reason)
         self.count = 1
-        self.on_disk = self._rank.put_on_disk(0, self._disk)
+        self.on_disk = self._rank.put_on_disk(0)
         self._maps.clear()
         return self.on_disk
 
@@ -114,7 +114,7 @@ class SlotMemory:
             )
         self.count = max(1, fits)
         if fits == 0:
-            self.on_disk = self._rank.put_on_disk(0, self._disk)
+            self.on_disk = self._rank.put_on_disk(0)
 
 
 def _open_and_touch(path: Path, nbytes: int) -> mmap.mmap:
