@@ -69,6 +69,28 @@ def test_a_container_has_little_of_the_machine(node: Node, engine: Docker) -> No
     }
 
 
+def test_links_that_a_container_plants_lead_nowhere(
+    node: Node, engine: Docker, tmp_path: Path
+) -> None:
+    node.use(engine)
+    secret = tmp_path / "secret"
+    secret.write_text("nobody but root may read this" + 64 * ".")
+    secret.chmod(0o600)
+    job = node.job(
+        "python", str(PROGRAMS / "plants_links.py"),
+        params={"file": str(secret)}, restart={"failures": 0},
+    )  # fmt: skip
+    before = secret.read_bytes(), secret.stat()
+
+    done = node.run("run", job)
+
+    assert "planted" in done.out, done.err
+    assert done.code == 70
+    assert (secret.read_bytes(), secret.stat()) == before
+    files = [p for p in node.store_folder.rglob("*") if p.is_file() and not p.is_symlink()]
+    assert not [path for path in files if b"nobody but root" in path.read_bytes()]
+
+
 def test_the_doctor_looks_at_engine_and_image(node: Node, engine: Docker) -> None:
     node.use(engine)
 
