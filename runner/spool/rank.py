@@ -48,7 +48,8 @@ class RankSpool:
         return path
 
     def _name_on_disk(self, slot: int) -> str:
-        return f"{self.folder.parent.name}-{self.folder.name}-slot-{slot}"
+        """The same on both sides, which may call the spool by other names."""
+        return f"{self.folder.name}-slot-{slot}"
 
     def open_slot(self, path: Path, nbytes: int) -> mmap.mmap:
         """Map a slot for writing, as `open_slot` does; a new one belongs to the owner."""
@@ -72,14 +73,18 @@ class RankSpool:
         return True
 
     def remove_disk_slots(self) -> None:
-        """Delete the files that slots on disk are, whichever disk that is.
+        """Delete the files that slots on disk are.
 
-        A link to what has no such name is none of ours, and what it leads to is left alone.
+        Who does not know the disk, long after the run, asks the link; one to what has no such name
+        is none of ours, and what it leads to is left alone.
         """
         for slot in range(_MOST_SLOTS):
-            path = self.folder / f"slot-{slot}"
-            if path.is_symlink() and path.readlink().name == self._name_on_disk(slot):
-                path.readlink().unlink(missing_ok=True)
+            path, name = self.folder / f"slot-{slot}", self._name_on_disk(slot)
+            if not path.is_symlink():
+                continue
+            target = path.readlink() if self.disk is None else self.disk / name
+            if target.name == name:
+                target.unlink(missing_ok=True)
 
     # ------------------------------------------------------------------ the trainer's side
 
