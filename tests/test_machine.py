@@ -622,9 +622,9 @@ HISTORIES: dict[str, tuple[Sequence[Event], Phase, list[type[Action]], int]] = {
         exitcodes.INTERRUPTED,
     ),
     "runner stop while one that hung is killed": (
-        [*HUNG, StopAsked(601.5), Tick(602.1), Exited(602.2, -9), Drained(603.0)],
+        [*HUNG, StopAsked(601.5), Tick(602.1), Exited(602.2, -9), Drained(603.0), Drained(603.1)],
         Phase.STOPPED,
-        [*START, DumpStacks, Hurry, KillTree, KillTree, PersistNewest, EndAttempt],
+        [*START, DumpStacks, Hurry, PersistNewest, KillTree, KillTree, PersistNewest, EndAttempt],
         exitcodes.INTERRUPTED,
     ),
     "SIGTERM after runner stop": (
@@ -716,9 +716,21 @@ HISTORIES: dict[str, tuple[Sequence[Event], Phase, list[type[Action]], int]] = {
         0,
     ),
     "SIGTERM while the stacks come out": (
-        [*HUNG, sigterm(601.5), Tick(602.1), Exited(602.2, -9), Drained(603.0)],
+        [*HUNG, sigterm(601.5), Tick(602.1), Exited(602.2, -9), Drained(603.0), Drained(603.1)],
         Phase.PREEMPTED,
-        [*START, DumpStacks, Hurry, KillTree, KillTree, PersistNewest, EndAttempt],
+        [*START, DumpStacks, Hurry, PersistNewest, KillTree, KillTree, PersistNewest, EndAttempt],
+        exitcodes.PREEMPTED,
+    ),
+    "SIGTERM while one that hung does not die of SIGKILL": (
+        [*HUNG, Tick(602.1), sigterm(650.0), Tick(650.02), Drained(651.0)],
+        Phase.PREEMPTED,
+        [*START, DumpStacks, KillTree, Hurry, PersistNewest, KillTree, EndAttempt],
+        exitcodes.PREEMPTED,
+    ),
+    "SIGTERM while one that hung is killed, and the kill holds up everything": (
+        [*HUNG, sigterm(601.5, grace=10.0), Tick(602.1), Tick(612.2)],
+        Phase.PREEMPTED,
+        [*START, DumpStacks, Hurry, PersistNewest, KillTree, KillTree, EndAttempt],
         exitcodes.PREEMPTED,
     ),
     "it moves again and again": (
@@ -871,8 +883,8 @@ HISTORIES: dict[str, tuple[Sequence[Event], Phase, list[type[Action]], int]] = {
     ),
     "the supervisor was frozen until after the deadline": (
         [*STAYING, Overslept(200.0, 190.0), Tick(200.0)],
-        Phase.PREEMPTED,
-        [*ASKED, Ask, KillTree, EndAttempt],
+        Phase.PREEMPTED,  # maybe the node is still there: what little time is left is used
+        [*ASKED, Ask, PersistNewest, KillTree, EndAttempt],
         exitcodes.PREEMPTED,
     ),
     "a hint is worth a save": ([*TRAINED, Hint(5.0, "aws")], Phase.RUNNING, [*START, Ask], 0),
@@ -1587,6 +1599,32 @@ def test_a_new_attempt_compiles_anew_and_has_the_jobs_limit() -> None:
     assert idle_until_hung([*first, *second]) == pytest.approx(600.0, abs=0.11)
 
 
+PY_SPY = replace(POLICY, stacks_seconds=16.0)
+
+
+def test_stacks_that_take_longer_than_the_grace_do_not_keep_the_newest_slot_from_being_saved() -> (
+    None
+):
+    notice = [*HUNG, sigterm(601.5, grace=10.0)]
+
+    _, performed = play([*notice, Tick(603.9)], policy=PY_SPY)
+    assert PersistNewest not in map(type, performed)
+    state, performed = play([*notice, Tick(604.0)], policy=PY_SPY)
+    assert [type(action) for action in performed[-2:]] == [Hurry, PersistNewest]
+
+    state, performed = play([Drained(604.5)], state)
+    assert [type(action) for action in performed] == [KillTree, EndAttempt]
+    assert state.phase is Phase.PREEMPTED
+
+
+def test_a_second_notice_that_leaves_less_time_is_obeyed_while_stacks_come_out() -> None:
+    notices = [sigterm(601.5, grace=60.0), sigterm(602.0, grace=4.0)]
+
+    _, performed = play([*HUNG, *notices, Tick(603.0)], policy=PY_SPY)
+
+    assert type(performed[-1]) is PersistNewest
+
+
 def test_it_is_told_what_it_was_doing_when_it_hung() -> None:
     history = [*TRAINED, Progressed(3.0, "validation"), Tick(604.0)]
 
@@ -1744,7 +1782,7 @@ POLICIES = st.builds(
 def test_no_history_breaks_the_machine(policy: Policy, events: list[Event]) -> None:
     state, _ = begin(policy)
     claims, launches, persisting, preparing = 1, 0, False, False
-    running = tree_may_live = unsaved = False
+    running = tree_may_live = unsaved = asked = False
     for event in events:
         before = state
         state, actions = step(state, event)
@@ -1774,11 +1812,12 @@ def test_no_history_breaks_the_machine(policy: Policy, events: list[Event]) -> N
                     assert launches < claims, "each start has an attempt of its own"
                     launches += 1
                     running = tree_may_live = unsaved = True
+                    asked = False
                 case KillTree():
                     running = tree_may_live = False
                 case PersistNewest():
                     assert not persisting, "what is being persisted is not asked for twice"
-                    persisting = True
+                    persisting = asked = True
                 case Ask(kind, _, _):
                     ends = state.deadline is not None or state.kill_at is not None
                     assert kind is Request.SAVE or ends, "it may take for ever to leave"
@@ -1813,6 +1852,8 @@ def test_no_history_breaks_the_machine(policy: Policy, events: list[Event]) -> N
             out_of_time = isinstance(event, Tick) and before.deadline is not None
             twice = isinstance(event, Interrupt) and before.wish is Phase.INTERRUPTED
             assert saved or out_of_time or twice, "what is in the slots was being saved"
+            if out_of_time:
+                assert asked, "the time was over before anybody thought of the slots"
         if isinstance(event, Tick) and before.deadline is not None:
             assert event.at < before.deadline or state.phase in TERMINAL, "the grace is over"
 
@@ -1846,6 +1887,21 @@ MEMORY: dict[str, tuple[Sequence[Event], Phase, list[type[Action]]]] = {
         [*DRAINING, URGENT],
         Phase.DRAINING,
         [*ASKED, KillTree],
+    ),
+    "it is asked to leave, and then the node goes: its slot does not wait for its end": (
+        [*TRAINED, SHORT, sigterm(11.0), Tick(18.4), Tick(18.5), Drained(19.0)],
+        Phase.PREEMPTED,
+        [*START, Ask, Hurry, PersistNewest, KillTree, EndAttempt],
+    ),
+    "it is asked to leave, the node goes, and it obeys": (
+        [*TRAINED, SHORT, sigterm(11.0), Exited(12.0, 75, obeyed=True), Drained(13.0)],
+        Phase.PREEMPTED,
+        [*START, Ask, Hurry, KillTree, PersistNewest, EndAttempt],
+    ),
+    "it is killed for its memory, and does not die before the node goes": (
+        [*TRAINED, URGENT, sigterm(12.0), Tick(12.02)],
+        Phase.STOPPING,
+        [*START, KillTree, Hurry, PersistNewest],
     ),
     "of others, between two attempts": ([*CRASHED, SHORT], Phase.BACKOFF, [*START, *FAILED]),
 }

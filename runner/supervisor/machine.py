@@ -407,16 +407,22 @@ def _on_signal(state: State, event: Notice | Interrupt | StopAsked) -> Step:
 
 
 def _hurry(state: State, wish: Phase, cause: str, at: float, deadline: float) -> State:
-    """It is being saved already; only the time that there is for it, and the end, change."""
+    """It is being ended or saved already; only the time that there is for it, and the end, change.
+
+    One that hangs, or has been asked to leave, may not be gone in that time: its newest slot is not
+    kept waiting for its end. One that SIGKILL has not ended is not waited for at all.
+    """
     keep = state.goal in (Phase.SUCCEEDED, Phase.PREEMPTED, Phase.FAILED)
-    until = state.snapshot_until
+    until, patience = state.snapshot_until, patience_for_boundary(at, deadline)
+    if state.phase is Phase.STOPPING and state.goal is None:
+        until = at if state.kill_at is None else patience
     return replace(
         state,
         goal=state.goal if keep else wish,
         cause=state.cause if keep else cause,
         notice_at=at if state.notice_at is None else state.notice_at,
         deadline=deadline,
-        snapshot_until=None if until is None else min(until, patience_for_boundary(at, deadline)),
+        snapshot_until=None if until is None else min(until, patience),
     )
 
 
@@ -470,7 +476,12 @@ def _push_on(state: State, at: float) -> Step:
     if state.deadline is not None and at >= _last_moment(state):
         return _out_of_time(state)
     if state.kill_at is not None and at >= state.kill_at:
-        return replace(state, kill_at=None), [KillTree()]
+        state = replace(state, kill_at=None)
+        if state.snapshot_until is None:
+            return state, [KillTree()]
+        # The node goes: what it has left is saved beside its end, which may take long.
+        saving, actions = _persist(replace(state, snapshot_until=None))
+        return saving, [*actions, KillTree()]
     if state.snapshot_until is not None and state.alive:
         if at < state.snapshot_until:
             return state, []
@@ -482,12 +493,15 @@ def _push_on(state: State, at: float) -> Step:
 
 
 def _out_of_time(state: State) -> Step:
+    saving: list[Action] = []
+    if state.snapshot_until is not None and state.alive:  # held up for all of the grace
+        state, saving = _persist(replace(state, snapshot_until=None))
     if state.goal is Phase.SUCCEEDED and state.wish is not None:
         # Its last state is not durable, so it has to be started once more.
         state = replace(state, goal=state.wish, cause="finished, but not saved in time")
     finished, actions = _finish(state)
     late = Say("the time is over before everything was saved", is_error=True)
-    return finished, [late, *actions]
+    return finished, [late, *saving, *actions]
 
 
 def _persist(state: State) -> Step:
