@@ -128,13 +128,13 @@ HISTORIES: dict[str, tuple[Sequence[Event], Phase, list[type[Action]], int]] = {
     "the store refuses every attempt": (
         [*REFUSED, PreparationFailed(500.0, "403", final=False)],
         Phase.STOPPING,  # what is in the slots is tried once more
-        [Claim, *[*FAILED, Claim] * 5, KillTree, PersistNewest],
+        [Claim, *[*FAILED, Claim] * 5, PersistNewest, KillTree],
         exitcodes.GIVEN_UP,
     ),
     "the store refuses every attempt, and nothing is to be saved": (
         [*REFUSED, PreparationFailed(500.0, "403", final=False), Drained(500.1)],
         Phase.FAILED,
-        [Claim, *[*FAILED, Claim] * 5, KillTree, PersistNewest, EndAttempt],
+        [Claim, *[*FAILED, Claim] * 5, PersistNewest, KillTree, EndAttempt],
         exitcodes.GIVEN_UP,
     ),
     "the first attempt is refused for good": (
@@ -188,13 +188,13 @@ HISTORIES: dict[str, tuple[Sequence[Event], Phase, list[type[Action]], int]] = {
     "a preemption while the store is out of reach": (
         [*RESTORING, StoreGone(1.0, "down"), sigterm(1.5), Tick(2.0), Drained(2.5)],
         Phase.PREEMPTED,
-        [*START, Hurry, KillTree, PersistNewest, KillTree, EndAttempt],
+        [*START, Hurry, PersistNewest, KillTree, KillTree, EndAttempt],
         exitcodes.PREEMPTED,
     ),
     "a preemption, and then the store is out of reach": (
         [*RESTORING, sigterm(1.5), StoreGone(1.6, "down"), Drained(2.5), Drained(2.6)],
         Phase.PREEMPTED,
-        [*START, Hurry, KillTree, PersistNewest, PersistNewest, KillTree, EndAttempt],
+        [*START, Hurry, PersistNewest, KillTree, PersistNewest, KillTree, EndAttempt],
         exitcodes.PREEMPTED,
     ),
     "no checkpoint verifies": (
@@ -254,7 +254,7 @@ HISTORIES: dict[str, tuple[Sequence[Event], Phase, list[type[Action]], int]] = {
     "a code that is never tried again, while its state is fetched": (
         [*RESTORING, Exited(0.15, 2)],
         Phase.STOPPING,
-        [*START, KillTree, PersistNewest],
+        [*START, PersistNewest, KillTree],
         2,
     ),
     # ------------------------------------------------------------ finishing
@@ -423,25 +423,25 @@ HISTORIES: dict[str, tuple[Sequence[Event], Phase, list[type[Action]], int]] = {
     "SIGTERM before the attempt is claimed": (
         [sigterm(0.05), Claimed(0.1, 1), Drained(0.2)],
         Phase.PREEMPTED,
-        [Claim, Hurry, KillTree, PersistNewest, EndAttempt],
+        [Claim, Hurry, PersistNewest, KillTree, EndAttempt],
         exitcodes.PREEMPTED,
     ),
     "SIGTERM while what an earlier supervisor left cannot be saved": (
         [sigterm(0.05), SaveFailed(0.1, "503"), Tick(0.5), Tick(0.6), SaveFailed(0.7, "503")],
         Phase.DRAINING,
-        [Claim, Hurry, KillTree, PersistNewest, PersistNewest],
+        [Claim, Hurry, PersistNewest, KillTree, PersistNewest],
         0,
     ),
     "SIGTERM while what an earlier supervisor left cannot be saved before the node goes": (
         [sigterm(0.05), SaveFailed(0.1, "503"), Tick(29.05)],
         Phase.PREEMPTED,
-        [Claim, Hurry, KillTree, PersistNewest, EndAttempt],
+        [Claim, Hurry, PersistNewest, KillTree, EndAttempt],
         exitcodes.PREEMPTED,
     ),
     "SIGTERM before the attempt is claimed, which then fails": (
         [sigterm(0.05), PreparationFailed(0.1, "503", final=False), Tick(0.2)],
         Phase.DRAINING,  # what is in the slots is saved all the same
-        [Claim, Hurry, KillTree, PersistNewest],
+        [Claim, Hurry, PersistNewest, KillTree],
         0,
     ),
     "SIGTERM while restoring": (
@@ -454,19 +454,19 @@ HISTORIES: dict[str, tuple[Sequence[Event], Phase, list[type[Action]], int]] = {
             Drained(0.4),
         ],
         Phase.PREEMPTED,
-        [*START, Hurry, KillTree, PersistNewest, PersistNewest, EndAttempt],
+        [*START, Hurry, PersistNewest, KillTree, PersistNewest, EndAttempt],
         exitcodes.PREEMPTED,
     ),
     "SIGTERM while the restoring fails": (
         [*RESTORING, sigterm(0.15), PreparationFailed(0.2, "503", final=True), Drained(0.3)],
         Phase.DRAINING,
-        [*START, Hurry, KillTree, PersistNewest, PersistNewest],
+        [*START, Hurry, PersistNewest, KillTree, PersistNewest],
         0,
     ),
     "SIGTERM in the instant in which the command cannot be started": (
         [*RESTORING, sigterm(0.15), LaunchFailed(0.16, "no"), Drained(0.3), Drained(0.4)],
         Phase.PREEMPTED,
-        [*START, Hurry, KillTree, PersistNewest, PersistNewest, KillTree, EndAttempt],
+        [*START, Hurry, PersistNewest, KillTree, PersistNewest, KillTree, EndAttempt],
         exitcodes.PREEMPTED,
     ),
     "SIGTERM in that instant, when the state is there": (
@@ -491,31 +491,31 @@ HISTORIES: dict[str, tuple[Sequence[Event], Phase, list[type[Action]], int]] = {
     "SIGTERM between two attempts": (
         [*CRASHED, sigterm(3.1), Tick(4.0), Saved(4.5, 12), Drained(4.6)],
         Phase.PREEMPTED,
-        [*START, *FAILED, Hurry, KillTree, PersistNewest, EndAttempt],
+        [*START, *FAILED, Hurry, PersistNewest, KillTree, EndAttempt],
         exitcodes.PREEMPTED,
     ),
     "SIGTERM between two attempts, while what the first left cannot be saved": (
         [*CRASHED, sigterm(3.1), SaveFailed(4.0, "503"), Tick(4.4), Tick(4.5), Tick(32.1)],
         Phase.PREEMPTED,
-        [*START, *FAILED, Hurry, KillTree, PersistNewest, PersistNewest, EndAttempt],
+        [*START, *FAILED, Hurry, PersistNewest, KillTree, PersistNewest, EndAttempt],
         exitcodes.PREEMPTED,
     ),
     "SIGTERM while one that hung is killed": (
         [*HUNG, Tick(602.1), sigterm(602.2), Exited(602.3, -9), Drained(604.0)],
         Phase.PREEMPTED,
-        [*START, DumpStacks, KillTree, Hurry, KillTree, PersistNewest, EndAttempt],
+        [*START, DumpStacks, KillTree, Hurry, PersistNewest, KillTree, EndAttempt],
         exitcodes.PREEMPTED,
     ),
     "SIGTERM after a code that is never tried again": (
         [*NEVER_AGAIN, sigterm(3.5), Drained(4.0)],
         Phase.FAILED,
-        [*START, KillTree, PersistNewest, Hurry, EndAttempt],
+        [*START, PersistNewest, KillTree, Hurry, EndAttempt],
         2,
     ),
     "SIGTERM after a code that is never tried again, and the state cannot be saved": (
         [*NEVER_AGAIN, sigterm(3.5), SaveFailed(4.0, "503"), Tick(4.4), Tick(4.5), Tick(32.5)],
         Phase.FAILED,
-        [*START, KillTree, PersistNewest, Hurry, PersistNewest, EndAttempt],
+        [*START, PersistNewest, KillTree, Hurry, PersistNewest, EndAttempt],
         2,
     ),
     # ------------------------------------------------------------ interrupt and stop
@@ -540,7 +540,7 @@ HISTORIES: dict[str, tuple[Sequence[Event], Phase, list[type[Action]], int]] = {
     "Ctrl-C twice after a crash whose state cannot be saved": (
         [*CRASHED, SaveFailed(3.1, "503"), Interrupt(3.2), Interrupt(3.7)],
         Phase.INTERRUPTED,
-        [*START, *FAILED, Hurry, KillTree, PersistNewest, EndAttempt],
+        [*START, *FAILED, Hurry, PersistNewest, KillTree, EndAttempt],
         exitcodes.INTERRUPTED,
     ),
     "Ctrl-C twice while one that hung is killed": (
@@ -552,7 +552,7 @@ HISTORIES: dict[str, tuple[Sequence[Event], Phase, list[type[Action]], int]] = {
     "Ctrl-C twice after a code that is never tried again": (
         [*NEVER_AGAIN, SaveFailed(3.1, "503"), Interrupt(3.2), Interrupt(3.7)],
         Phase.FAILED,
-        [*START, KillTree, PersistNewest, Hurry, EndAttempt],
+        [*START, PersistNewest, KillTree, Hurry, EndAttempt],
         2,
     ),
     "Ctrl-C twice after SIGTERM": (
@@ -576,25 +576,25 @@ HISTORIES: dict[str, tuple[Sequence[Event], Phase, list[type[Action]], int]] = {
     "Ctrl-C between two attempts": (
         [*CRASHED, Interrupt(3.1), Drained(4.0)],
         Phase.INTERRUPTED,
-        [*START, *FAILED, Hurry, KillTree, PersistNewest, EndAttempt],
+        [*START, *FAILED, Hurry, PersistNewest, KillTree, EndAttempt],
         exitcodes.INTERRUPTED,
     ),
     "Ctrl-C while restoring": (
         [*RESTORING, Interrupt(0.15), Drained(0.2)],
         Phase.INTERRUPTED,  # its end has not been heard of yet: it is killed once more
-        [*START, Hurry, KillTree, PersistNewest, KillTree, EndAttempt],
+        [*START, Hurry, PersistNewest, KillTree, KillTree, EndAttempt],
         exitcodes.INTERRUPTED,
     ),
     "Ctrl-C before anything": (
         [Interrupt(0.05), Drained(0.1)],
         Phase.INTERRUPTED,
-        [Claim, Hurry, KillTree, PersistNewest, EndAttempt],
+        [Claim, Hurry, PersistNewest, KillTree, EndAttempt],
         exitcodes.INTERRUPTED,
     ),
     "Ctrl-C twice before anything": (
         [Interrupt(0.05), Interrupt(0.1)],
         Phase.INTERRUPTED,
-        [Claim, Hurry, KillTree, PersistNewest, EndAttempt],
+        [Claim, Hurry, PersistNewest, KillTree, EndAttempt],
         exitcodes.INTERRUPTED,
     ),
     "runner stop": (
@@ -606,19 +606,19 @@ HISTORIES: dict[str, tuple[Sequence[Event], Phase, list[type[Action]], int]] = {
     "runner stop before anything": (
         [StopAsked(0.05), Drained(0.1)],
         Phase.STOPPED,
-        [Claim, Hurry, KillTree, PersistNewest, EndAttempt],
+        [Claim, Hurry, PersistNewest, KillTree, EndAttempt],
         exitcodes.INTERRUPTED,
     ),
     "runner stop while restoring": (
         [*RESTORING, StopAsked(5.0), Exited(5.1, -9), Drained(5.2), Drained(5.3)],
         Phase.STOPPED,
-        [*START, Hurry, KillTree, PersistNewest, PersistNewest, EndAttempt],
+        [*START, Hurry, PersistNewest, KillTree, PersistNewest, EndAttempt],
         exitcodes.INTERRUPTED,
     ),
     "runner stop between two attempts": (
         [*CRASHED, StopAsked(3.1), Drained(4.0)],
         Phase.STOPPED,
-        [*START, *FAILED, Hurry, KillTree, PersistNewest, EndAttempt],
+        [*START, *FAILED, Hurry, PersistNewest, KillTree, EndAttempt],
         exitcodes.INTERRUPTED,
     ),
     "runner stop while one that hung is killed": (
@@ -673,13 +673,13 @@ HISTORIES: dict[str, tuple[Sequence[Event], Phase, list[type[Action]], int]] = {
     "a code that is never tried again, and what it left is saved first": (
         NEVER_AGAIN,
         Phase.STOPPING,
-        [*START, KillTree, PersistNewest],
+        [*START, PersistNewest, KillTree],
         2,
     ),
     "a code that is never tried again": (
         [*NEVER_AGAIN, SaveFailed(3.5, "503"), Tick(3.9), Tick(4.0), Drained(4.5)],
         Phase.FAILED,
-        [*START, KillTree, PersistNewest, PersistNewest, EndAttempt],
+        [*START, PersistNewest, KillTree, PersistNewest, EndAttempt],
         2,
     ),
     "75 without having been asked is a failure like others": (
@@ -1896,7 +1896,7 @@ MEMORY: dict[str, tuple[Sequence[Event], Phase, list[type[Action]]]] = {
     "it is asked to leave, the node goes, and it obeys": (
         [*TRAINED, SHORT, sigterm(11.0), Exited(12.0, 75, obeyed=True), Drained(13.0)],
         Phase.PREEMPTED,
-        [*START, Ask, Hurry, KillTree, PersistNewest, EndAttempt],
+        [*START, Ask, Hurry, PersistNewest, KillTree, EndAttempt],
     ),
     "it is killed for its memory, and does not die before the node goes": (
         [*TRAINED, URGENT, sigterm(12.0), Tick(12.02)],

@@ -32,6 +32,7 @@ class Order:
     where it prints to, as descriptors of ours.
 
     `print_left` takes what comes another way than through those, by its descriptor (1 or 2).
+    `deadline` is when this node will go (`CLOCK_MONOTONIC` seconds), None while nobody has said so.
     """
 
     attempt: int
@@ -39,6 +40,7 @@ class Order:
     stdout: int
     stderr: int
     print_left: Callable[[int, bytes], None]
+    deadline: Callable[[], float | None] = lambda: None
 
 
 class Handle(Protocol):
@@ -51,6 +53,10 @@ class Handle(Protocol):
     @property
     def pids(self) -> list[int]:
         """The children of this process whose exit codes are the handle's to take."""
+
+    @property
+    def failure(self) -> Exception | None:
+        """Why it could not be started, where that shows only after `start`; nothing runs then."""
 
     def follow(self, pid: int) -> None:
         """This process has attached: it is the trainer."""
@@ -79,7 +85,7 @@ class Handle(Protocol):
     def killed_for_memory(self) -> bool | None:
         """Whether it was killed for want of memory; None where the kernel's counts have to tell."""
 
-    def kill_tree(self) -> list[int]:
+    def kill_tree(self, *, timeout_seconds: float = 10.0) -> list[int]:
         """Kill all of it and wait for the end, for some seconds; who is left then."""
 
     def close(self) -> None:
@@ -113,8 +119,8 @@ class Launcher(Protocol):
         """
 
     def start(self, order: Order) -> Handle:
-        """Start the trainer; return when it executes.
+        """Start the trainer; return when it executes, or sooner where that may take long.
 
         Raises UsageError if it never can be started, another RunnerError or OSError if it cannot be
-        just now. Nothing runs after an error.
+        just now; what returns sooner has the same as its `failure`. Nothing runs after an error.
         """

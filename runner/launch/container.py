@@ -1,10 +1,10 @@
 """The launcher for trainers in containers, and the handle on one of them.
 
-The engine starts and removes containers; everything else goes past it, so that it may be slow, or
-die and come back, without harm to the run. Output comes through pipes in the spool. All processes
-of a container descend from its first one and end with it, and the process table shows them: by it
-they are signalled, watched and killed, where it can be seen. Where it cannot, as behind a virtual
-machine, the engine is asked.
+The engine starts and removes containers, which nobody waits for (`aside`); everything else goes
+past it, so that it may be slow, or die and come back, without harm to the run. Output comes through
+pipes in the spool. All processes of a container descend from its first one and end with it, and the
+process table shows them: by it they are signalled, watched and killed, where it can be seen. Where
+it cannot, as behind a virtual machine, the engine is asked.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import contextlib
 import logging
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any
 from runner.errors import EngineError, UsageError
 from runner.job import Job
 from runner.launch import inside
+from runner.launch.aside import Aside
 from runner.launch.base import Order, Places
 from runner.launch.container_trial import ContainerTrial
 from runner.launch.cpu import seconds_of
@@ -39,7 +41,6 @@ log = logging.getLogger(__name__)
 FIRST_PROGRAM = Path(inside.__file__)
 _ASK_AGAIN_SECONDS = 0.25
 _ENGINE_BACK_SECONDS = 120.0  # for an engine that died, to say how a container has ended
-_KILL_SECONDS = 10.0
 _POLL_SECONDS = 0.005
 
 
@@ -64,6 +65,10 @@ class ContainerTrainer:
         self._ask_at = 0.0
         self._gone_since: float | None = None
         self._memory: Memory | None = None
+
+    @property
+    def failure(self) -> None:
+        """It has been started."""
 
     @property
     def pids(self) -> list[int]:
@@ -108,6 +113,10 @@ class ContainerTrainer:
             return UNKNOWN_EXIT
         self._out_of_memory = bool(state.get("OOMKilled"))
         return exit_code_of(state)
+
+    def has_ended(self) -> bool | None:
+        """Whether its first process is dead; None where only the engine sees that."""
+        return None if self._first is None else not self._lives()
 
     def _lives(self) -> bool:
         """Whether the process table still has the container's first process."""
@@ -157,9 +166,9 @@ class ContainerTrainer:
 
     # ------------------------------------------------------------------ the end of it
 
-    def kill_tree(self) -> list[int]:
+    def kill_tree(self, *, timeout_seconds: float = 10.0) -> list[int]:
         """Kill the first process, and by that all others; then take what it has printed last."""
-        deadline = self._clock() + _KILL_SECONDS
+        deadline = self._clock() + timeout_seconds
         while self.poll() is None:
             if self._lives():
                 _send(self.pid, signal.SIGKILL)
@@ -204,6 +213,7 @@ class DockerLauncher:
     ) -> None:
         self._engine, self._job, self._image = engine, job, image
         self._seat, self._parent = seat, parent
+        self._alone = threading.Lock()
 
     @property
     def pipes_in(self) -> Path:
@@ -229,7 +239,10 @@ class DockerLauncher:
     def trial(self, folder: Path, request: Mapping[str, Any]) -> ContainerTrial:
         return ContainerTrial(self._job, self._seat, folder, request)
 
-    def start(self, order: Order) -> ContainerTrainer:
+    def start(self, order: Order) -> Aside:
+        return Aside(self._start, order, self._alone)
+
+    def _start(self, order: Order) -> ContainerTrainer:
         self.end_leftovers()
         for folder in (self._seat.places.outputs, self._seat.places.slots):
             folder.mkdir(exist_ok=True)

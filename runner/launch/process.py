@@ -306,6 +306,10 @@ class TrainerProcess:
         """Of the cgroup that we and the trainer are in, or the nearest above it with a limit."""
         return limited_memory()
 
+    @property
+    def failure(self) -> None:
+        """`start` tells at once."""
+
     def killed_for_memory(self) -> None:
         """The machine's own counts tell."""
 

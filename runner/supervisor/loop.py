@@ -28,7 +28,7 @@ from runner.checkpoint.keeper import Keeper
 from runner.checkpoint.outputs import Outputs
 from runner.checkpoint.persist import Persister
 from runner.checkpoint.provenance import collect, keep_changes, mask_secrets
-from runner.errors import RunnerError, SpoolError, UsageError
+from runner.errors import RunnerError, SpoolError
 from runner.job import is_s3, job_as_submitted, resolved_command
 from runner.launch.base import Launcher
 from runner.notices import Watch
@@ -52,7 +52,7 @@ from runner.supervisor.journal import Journal
 from runner.supervisor.monitor import Monitor
 from runner.supervisor.reaper import become_subreaper, reap_orphans
 from runner.supervisor.recording import Recorder
-from runner.supervisor.trainer import Trainer
+from runner.supervisor.trainer import Trainer, not_started
 from runner.supervisor.upkeep import policy_of
 from runner.supervisor.validator import validator_of
 from runner.supervisor.vitals import Vitals
@@ -131,7 +131,7 @@ class Supervisor:
         self._clouds = Watch(
             job.preemption.notices,
             policy.grace_seconds,
-            lambda news: self._events.put(listening.event_of(news)),
+            lambda news: self._hear(listening.event_of(news)),
         )
 
     def _keeper_on(self, persister: Persister) -> Keeper:
@@ -238,6 +238,9 @@ class Supervisor:
         if not self._trainer.is_there:
             return events.Tick(now)
         self._journal.look()
+        failure = self._trainer.failure()
+        if failure is not None:
+            return not_started(failure)
         code = self._trainer.exit_code(now, self._clerk.board)
         if code is not None:
             return self._recorder.exited(code, self._trainer.verdict)
@@ -261,7 +264,15 @@ class Supervisor:
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         """Runs between two bytecodes of the main thread: it only leaves a note."""
         now = time.monotonic()
-        self._events.put(listening.event_of_signal(signum, now, self._policy.grace_seconds))
+        self._hear(listening.event_of_signal(signum, now, self._policy.grace_seconds))
+
+    def _hear(self, event: events.Event) -> None:
+        """From any thread. The loop may be waiting for the trainer's end, which must hear of it."""
+        if isinstance(event, events.Notice):
+            self._trainer.hurry(event.deadline)
+        elif isinstance(event, events.Interrupt):
+            self._trainer.hurry(event.at + self._policy.grace_seconds)
+        self._events.put(event)
 
     def _on_child(self, signum: int, frame: FrameType | None) -> None:
         """The same, for the end of a child: a trainer that died need not wait for the next tick."""
@@ -331,6 +342,7 @@ class Supervisor:
                 case events.Hurry(deadline):
                     self._store.hurry(deadline)
                     self._keeper.hurry(deadline)
+                    self._trainer.hurry(deadline)
                 case events.DumpStacks():
                     self._trainer.show_stacks(self._clerk.board, self._stacks_shown)
                 case events.Relay(signum):
@@ -347,12 +359,8 @@ class Supervisor:
     def _launch(self) -> None:
         try:
             self._start_trainer()
-        except UsageError as error:
-            self._events.put(events.LaunchFailed(time.monotonic(), str(error)))
         except (RunnerError, OSError) as error:
-            self._events.put(
-                events.PreparationFailed(time.monotonic(), f"cannot start: {error}", final=False)
-            )
+            self._events.put(not_started(error))
         self._publish()
 
     def _start_trainer(self) -> None:

@@ -257,7 +257,7 @@ def _on_exit(state: State, event: Exited) -> Step:
                 state = replace(state, goal=Phase.SUCCEEDED, cause="finished")
             return _persist(state)
         case Phase.STOPPING if state.goal is not None:
-            return _kill_and_persist(state)
+            return _persist_and_kill(state)
         case Phase.STOPPING:
             return _restart_or_give_up(state, event.at, event.left_step)
         case Phase.RESTORING | Phase.RUNNING if event.code == 0:
@@ -335,7 +335,7 @@ def _fail_for_good(state: State, at: float, exit_code: int) -> Step:
     """Save what there is and end; a store that refuses is not waited for without end."""
     deadline = at + max(state.policy.grace_seconds, _LAST_SAVE_SECONDS)
     failed = replace(state, goal=Phase.FAILED, exit_code=exit_code, deadline=deadline)
-    return _kill_and_persist(failed)
+    return _persist_and_kill(failed)
 
 
 def _cannot_start(state: State, event: PreparationFailed | LaunchFailed | StoreGone) -> Step:
@@ -402,7 +402,7 @@ def _on_signal(state: State, event: Notice | Interrupt | StopAsked) -> Step:
         deadline=deadline,
         retry_at=None,
     )
-    draining, actions = _kill_and_persist(over)
+    draining, actions = _persist_and_kill(over)
     return draining, [Say(cause), Hurry(deadline), *actions]
 
 
@@ -512,9 +512,13 @@ def _persist(state: State) -> Step:
     return begun, [PersistNewest(_triggers(state))]
 
 
-def _kill_and_persist(state: State) -> Step:
+def _persist_and_kill(state: State) -> Step:
+    """The kill may last, and makes no difference to what is saved: its trainer is dead, or waits.
+
+    What it should have left after all is saved when its end is heard of.
+    """
     stopping, actions = _persist(state)
-    return stopping, [KillTree(), *actions]
+    return stopping, [*actions, KillTree()]
 
 
 def _finish(state: State) -> Step:

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import logging
 import signal
+import time
 from collections.abc import Callable
 
 from runner.board import Board
-from runner.errors import RunnerError
+from runner.errors import RunnerError, UsageError
+from runner.launch.aside import seconds_for_tidying
 from runner.launch.base import Handle, Launcher, Order
 from runner.memory import Memory
 from runner.spool import RankSpool
 from runner.supervisor import stacks
-from runner.supervisor.events import Event
+from runner.supervisor.events import Event, LaunchFailed, PreparationFailed
 from runner.supervisor.memory_guard import MemoryGuard
 from runner.supervisor.output import Output
 from runner.supervisor.runlog import RunLog
@@ -24,6 +26,7 @@ from runner.supervisor.vitals import Vitals
 
 log = logging.getLogger(__name__)
 
+_KILL_SECONDS = 10.0
 _HEIR_SECONDS = 30.0  # for the child of a script that has forked and ended, to attach
 
 
@@ -41,6 +44,7 @@ class Trainer:
         self._told = False
         self._verdict: tuple[str, str] | None = None
         self._heir_until: float | None = None
+        self._deadline: float | None = None
 
     @property
     def is_there(self) -> bool:
@@ -69,7 +73,9 @@ class Trainer:
         self._memory.begin()
         output = self._logs.pipes(self._launcher.pipes_in, self._owner)
         try:
-            order = Order(attempt, own, output.stdout, output.stderr, output.print)
+            order = Order(
+                attempt, own, output.stdout, output.stderr, output.print, lambda: self._deadline
+            )
             self._handle = self._launcher.start(order)
         except BaseException:
             output.launched()
@@ -78,6 +84,18 @@ class Trainer:
             output.launched()
         else:
             self._output = output  # the trainer opens its ends by name, when it gets to it
+
+    def failure(self) -> Exception | None:
+        """Why it could not be started, if that shows only now: once. Nothing of it is left then."""
+        failure = None if self._handle is None else self._handle.failure
+        if failure is not None:
+            self._forget()
+        return failure
+
+    def hurry(self, deadline: float) -> None:
+        """This node goes at that moment (`CLOCK_MONOTONIC` seconds). From any thread, also while
+        another waits here: what takes long ends in time then."""
+        self._deadline = deadline if self._deadline is None else min(deadline, self._deadline)
 
     def exit_code(self, now: float, board: Board | None) -> int | None:
         """The code with which it has ended: once, None before and after."""
@@ -138,7 +156,7 @@ class Trainer:
         else:
             log.warning("the trainer has not attached yet, so it cannot show its stacks")
             shown = handle.pid
-        if shown is not None:
+        if shown:
             stacks.show(shown, when_shown)
 
     def end(self) -> int | None:
@@ -150,7 +168,7 @@ class Trainer:
         handle = self._handle
         if handle is None:
             return None
-        remaining = handle.kill_tree()
+        remaining = handle.kill_tree(timeout_seconds=self._kill_seconds())
         if remaining:
             log.error("processes %s of the trainer do not die", remaining)
             return None
@@ -158,10 +176,27 @@ class Trainer:
         is_news = code is not None and not self._told
         if code is not None and is_news:
             self._tell(handle, code)
-        handle.close()
+        self._forget()
+        return code if is_news else None
+
+    def _kill_seconds(self) -> float:
+        if self._deadline is None:
+            return _KILL_SECONDS
+        return min(_KILL_SECONDS, seconds_for_tidying(self._deadline - time.monotonic()))
+
+    def _forget(self) -> None:
+        """It is dead, or was never alive: take what it has printed last."""
+        if self._handle is not None:
+            self._handle.close()
         self._handle = None
         if self._output is not None:
             self._output.launched()
             self._output = None
         self._logs.drain()
-        return code if is_news else None
+
+
+def not_started(error: Exception) -> Event:
+    """What it means that the trainer cannot be started."""
+    if isinstance(error, UsageError):
+        return LaunchFailed(time.monotonic(), str(error))
+    return PreparationFailed(time.monotonic(), f"cannot start: {error}", final=False)
