@@ -22,6 +22,7 @@ from runner.supervisor.machine import (
     Drained,
     DumpStacks,
     EndAttempt,
+    EngineAway,
     Event,
     Exited,
     FencedOff,
@@ -226,6 +227,38 @@ HISTORIES: dict[str, tuple[Sequence[Event], Phase, list[type[Action]], int]] = {
         Phase.BACKOFF,
         [*START, *FAILED],
         0,
+    ),
+    "the container engine is not there, and comes back": (
+        [*RESTORING, EngineAway(0.15, "gone"), RestoreReady(0.2, 0), Tick(1.2), Claimed(1.3, 2)],
+        Phase.RESTORING,
+        [*START, *FAILED, *START],
+        0,
+    ),
+    "the container engine is not there, which is heard when the state is there": (
+        [*RUNNING, EngineAway(10.0, "gone"), Tick(10.9), Tick(11.0)],
+        Phase.STARTING,
+        [*START, *FAILED, Claim],
+        0,
+    ),
+    "the container engine stays away": (
+        [
+            *RUNNING,
+            EngineAway(1.0, "gone"),
+            Tick(2.0),
+            Claimed(2.1, 2),
+            RestoreReady(2.2, 0),
+            EngineAway(1801.0, "gone"),
+            Drained(1801.1),
+        ],
+        Phase.PREEMPTED,
+        [*START, *FAILED, *START, Hurry, PersistNewest, KillTree, EndAttempt],
+        exitcodes.PREEMPTED,
+    ),
+    "a preemption, and then the container engine is not there": (
+        [*RESTORING, sigterm(1.5), EngineAway(1.6, "gone"), Drained(2.5), Drained(2.6)],
+        Phase.PREEMPTED,
+        [*START, Hurry, PersistNewest, KillTree, PersistNewest, KillTree, EndAttempt],
+        exitcodes.PREEMPTED,
     ),
     "it crashes while its state is fetched": (
         [*RESTORING, Exited(0.15, 1), RestoreReady(0.2, 0), Tick(1.1), Tick(1.15)],
@@ -1650,6 +1683,7 @@ EVENTS_OF_EACH_KIND: list[Event] = [
     RestoreReady(999.0, 5),
     PreparationFailed(999.0, "x", final=True),
     LaunchFailed(999.0, "x"),
+    EngineAway(999.0, "x"),
     Exited(999.0, 0),
     Progressed(999.0, "training"),
     Saved(999.0, 99),
@@ -1691,6 +1725,26 @@ def test_a_store_that_is_out_of_reach_costs_no_failure_and_is_asked_less_and_les
     assert (state.failures, state.phase) == (0, Phase.STARTING)
 
 
+def test_an_engine_that_is_away_costs_no_failure_and_no_checkpoint() -> None:
+    state, _ = play([*CRASHED, Tick(4.0), Claimed(4.1, 2), RestoreReady(4.2, 10), Exited(5.0, 1)])
+    assert (state.failures, state.go_back) == (2, 1)
+    waits = []
+    for attempt in range(3, 10):
+        state, actions = step(state, Tick(100.0))
+        state, actions = step(state, Claimed(100.0, attempt))
+        assert actions == [Restore(1 if attempt == 3 else 0), Launch()], "it is gone back once"
+        state, _ = step(state, EngineAway(100.0, "gone"))
+        state, _ = step(state, RestoreReady(100.0, 5))
+        assert state.begins_at is not None
+        waits.append(state.begins_at - 100.0)
+        state, _ = step(state, Tick(100.0 + waits[-1]))
+
+    assert waits == [1, 2, 4, 8, 16, 32, 60]
+    assert state.failures == 2
+    state, _ = play([Claimed(200.0, 99), RestoreReady(200.1, 5), Exited(201.0, 1)], state)
+    assert (state.failures, state.go_back) == (3, 2)
+
+
 def test_a_store_that_goes_on_refusing_saves_is_spoken_of_once_a_minute_until_it_takes_one() -> (
     None
 ):
@@ -1730,6 +1784,7 @@ def histories(draw: st.DrawFn) -> list[Event]:
         PreparationFailed: st.tuples(texts, st.booleans()),
         StoreGone: st.tuples(texts),
         LaunchFailed: st.tuples(texts),
+        EngineAway: st.tuples(texts),
         Exited: st.tuples(codes, st.booleans(), st.integers(-1, 9)),
         Progressed: st.tuples(st.sampled_from(["training", "after training"]), st.integers(-1, 9)),
         Saved: st.tuples(st.integers(0, 9), st.booleans(), st.sampled_from([None, 0.5, 40.0])),
@@ -1794,7 +1849,7 @@ def test_no_history_breaks_the_machine(policy: Policy, events: list[Event]) -> N
             assert state.phase in {*MOVES[before.phase], Phase.FENCED}
         if isinstance(event, Exited):
             running = False
-        if isinstance(event, LaunchFailed):
+        if isinstance(event, LaunchFailed | EngineAway):
             running = tree_may_live = False  # nothing was started
         if isinstance(event, Drained | SaveFailed):
             persisting = False

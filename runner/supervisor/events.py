@@ -64,6 +64,13 @@ class LaunchFailed(Event):
 
 
 @dataclass(frozen=True)
+class EngineAway(Event):
+    """The trainer could not be started, for the container engine does not answer."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
 class Exited(Event):
     """The trainer is gone; negative codes are signals. `obeyed`: it was asked to stop, and did.
 

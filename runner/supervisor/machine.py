@@ -6,6 +6,7 @@
      └─ BACKOFF
     STARTING, RESTORING ─▶ STOPPING                 (given up)
     STARTING ─▶ BACKOFF, RESTORING ─▶ RESTORING     (the store is out of reach: tried again)
+    RESTORING, RUNNING ─▶ BACKOFF | DRAINING        (no engine to start it: tried again, given up)
     STARTING, RESTORING ─▶ PREEMPTED                (the store stays out of reach)
     STARTING, RESTORING, BACKOFF ─▶ DRAINING        (a signal; it ends well before it has begun)
     STOPPING ─▶ PREEMPTED | INTERRUPTED | STOPPED   (a signal while one that hangs is ended)
@@ -42,6 +43,7 @@ from runner.supervisor.events import (
     Drained,
     DumpStacks,
     EndAttempt,
+    EngineAway,
     Event,
     Exited,
     FencedOff,
@@ -78,6 +80,7 @@ from runner.supervisor.restarts import (
     backoff_seconds,
     describe_exit,
     diagnosis,
+    wait_for_engine,
     wait_for_store,
 )
 from runner.supervisor.state import EXIT_CODES, TERMINAL, WHY, Phase, Policy, State
@@ -120,11 +123,20 @@ def step(state: State, event: Event) -> Step:
             return replace(state, preparing=False), []
         case PreparationFailed() | LaunchFailed() if state.phase is not Phase.BACKOFF:
             return _cannot_start(replace(state, preparing=False), event)
+        case EngineAway() if state.phase is not Phase.BACKOFF:
+            return _on_engine_away(state, event)
         case StoreGone():
             return _on_store_gone(replace(state, preparing=False), event)
         case Exited():
-            reached = max(state.step, event.step)
-            return _on_exit(replace(state, alive=False, kill_at=None, step=reached), event)
+            gone = replace(
+                state,
+                alive=False,
+                kill_at=None,
+                step=max(state.step, event.step),
+                engine_gone_since=None,
+                engine_refusals=0,
+            )
+            return _on_exit(gone, event)
         case Progressed():
             return learning.progress(state, event), []
         case Worked() if state.phase is Phase.RUNNING:
@@ -338,7 +350,9 @@ def _fail_for_good(state: State, at: float, exit_code: int) -> Step:
     return _persist_and_kill(failed)
 
 
-def _cannot_start(state: State, event: PreparationFailed | LaunchFailed | StoreGone) -> Step:
+def _cannot_start(
+    state: State, event: PreparationFailed | LaunchFailed | StoreGone | EngineAway
+) -> Step:
     """No trainer can run, or the one that waits for its state would wait for ever."""
     if state.leave_at is not None:
         state = _draining(state, Phase.PREEMPTED, state.cause)
@@ -373,6 +387,27 @@ def _on_store_gone(state: State, event: StoreGone) -> Step:
     deadline = event.at + state.policy.grace_seconds
     left, actions = _finish(replace(state, goal=Phase.PREEMPTED, cause=over, deadline=deadline))
     return left, [Say(f"{over}: start it again when it is there: {event.reason}", True), *actions]
+
+
+def _on_engine_away(state: State, event: EngineAway) -> Step:
+    """No trainer can be started, and nobody has failed."""
+    if state.phase not in (Phase.RESTORING, Phase.RUNNING) or state.leave_at is not None:
+        return _cannot_start(state, event)
+    waiting = wait_for_engine(state, event)
+    if waiting is not None and waiting.retry_at is not None:
+        again = f"next start in {waiting.retry_at - event.at:.3g} s"
+        return waiting, [
+            KillTree(),
+            EndAttempt("failed", event.reason),
+            PersistLeft(),
+            Say(f"{event.reason}; {again}", is_error=True),
+        ]
+    over = f"the container engine was out of reach for {state.policy.store_timeout_seconds:g} s"
+    deadline = event.at + state.policy.grace_seconds
+    ending = replace(_draining(state, Phase.PREEMPTED, over), alive=False, deadline=deadline)
+    saving, actions = _persist_and_kill(ending)
+    told = Say(f"{over}: start it again when it is there: {event.reason}", is_error=True)
+    return saving, [told, Hurry(deadline), *actions]
 
 
 def _on_signal(state: State, event: Notice | Interrupt | StopAsked) -> Step:

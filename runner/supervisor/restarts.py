@@ -7,7 +7,7 @@ import signal
 from collections import Counter
 from dataclasses import replace
 
-from runner.supervisor.events import StoreGone
+from runner.supervisor.events import EngineAway, StoreGone
 from runner.supervisor.state import Phase, Policy, State
 
 _MAX_DOUBLINGS = 60  # of the backoff: its longest is reached long before
@@ -45,6 +45,26 @@ def wait_for_store(state: State, event: StoreGone) -> State | None:
         store_gone_since=since,
         refusals=refusals,
         retry_at=at + wait,
+    )
+
+
+def wait_for_engine(state: State, event: EngineAway) -> State | None:
+    """A start that found nobody at the container engine: another one comes later.
+
+    Nobody has failed. None when it was waited for as long as a store would be.
+    """
+    since = event.at if state.engine_gone_since is None else state.engine_gone_since
+    if event.at - since >= state.policy.store_timeout_seconds:
+        return None
+    refusals = state.engine_refusals + 1
+    return replace(
+        state,
+        phase=Phase.BACKOFF,
+        alive=False,
+        cause=event.reason,
+        engine_gone_since=since,
+        engine_refusals=refusals,
+        retry_at=event.at + backoff_seconds(state.policy, refusals, state.starts),
     )
 
 

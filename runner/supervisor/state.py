@@ -54,7 +54,8 @@ class Policy:
     """The part of the job file that the machine obeys. All durations in seconds.
 
     `seed` spreads the restarts of many runs that have failed for one reason; None is for none.
-    `store_timeout_seconds` is how long a start waits for a store that is out of reach.
+    `store_timeout_seconds` is how long a start waits for a store, or an engine, that is out of
+    reach.
     `stacks_seconds` is what the stacks of a hung trainer may take. `logs` is where a person finds
     what the trainer printed.
     """
@@ -85,6 +86,7 @@ class State:
     the last save is asked for. `sick_since` is the step at which metrics ceased to be finite.
     `store_gone_since` is when a start first found the store out of reach, `refusals` how often it
     has; `refusal_said_at` is when it was last told that a save is refused, None if none is.
+    `engine_gone_since` and `engine_refusals` are the same for the container engine.
     `showing`: the stacks of a hung trainer are written down, and `kill_at` waits for them.
     """
 
@@ -102,6 +104,8 @@ class State:
     store_gone_since: float | None = None
     refusals: int = 0
     refusal_said_at: float | None = None
+    engine_gone_since: float | None = None
+    engine_refusals: int = 0
     step: int = -1
     kept_step: int = -1
     durable_step: int = -1
@@ -133,8 +137,11 @@ class State:
 
     @property
     def go_back(self) -> int:
-        """Checkpoints to pass over: one more at each start from the third at one step on."""
-        return max(0, self.failures - 1)
+        """Checkpoints to pass over: one more at each start from the third at one step on.
+
+        None where the engine was not there for the start before: nobody has tried that one.
+        """
+        return 0 if self.engine_refusals else max(0, self.failures - 1)
 
     @property
     def lost_steps(self) -> int:

@@ -12,13 +12,13 @@ import time
 from collections.abc import Callable
 
 from runner.board import Board
-from runner.errors import RunnerError, UsageError
+from runner.errors import EngineGone, RunnerError, UsageError
 from runner.launch.aside import seconds_for_tidying
 from runner.launch.base import Handle, Launcher, Order
 from runner.memory import Memory
 from runner.spool import RankSpool
 from runner.supervisor import stacks
-from runner.supervisor.events import Event, LaunchFailed, PreparationFailed
+from runner.supervisor.events import EngineAway, Event, LaunchFailed, PreparationFailed
 from runner.supervisor.memory_guard import MemoryGuard
 from runner.supervisor.output import Output
 from runner.supervisor.runlog import RunLog
@@ -199,4 +199,6 @@ def not_started(error: Exception) -> Event:
     """What it means that the trainer cannot be started."""
     if isinstance(error, UsageError):
         return LaunchFailed(time.monotonic(), str(error))
+    if isinstance(error, EngineGone):
+        return EngineAway(time.monotonic(), str(error))
     return PreparationFailed(time.monotonic(), f"cannot start: {error}", final=False)

@@ -93,3 +93,27 @@ def test_a_notice_is_heard_while_the_engine_is_to_remove_the_attempt_before(
     assert node.newest().moment.step == 4
     proxy.release()
     finish(node)
+
+
+def test_an_engine_that_is_away_between_two_attempts_is_waited_for(
+    node: Node, proxy: EngineProxy
+) -> None:
+    """The one failure that is allowed is the crash; it goes on from the newest state."""
+    supervisor = train(
+        node,
+        "step 9",
+        params={"befalls": {"1": {"9": "wait", "10": "raise"}}},
+        restart={"failures": 1, "backoff": {"initial": "100ms", "max": "100ms"}},
+    )
+    proxy.hold("GET .*/containers/json")
+    node.gate.touch()
+    wait_until(lambda: bool(proxy.held), what="the next attempt's start")
+
+    with proxy.away():
+        wait_until(lambda: supervisor.err.count("does not answer") >= 3, what="some starts")
+        assert supervisor.process.poll() is None, supervisor.err
+    proxy.release()
+
+    assert supervisor.wait() == 0, supervisor.err
+    assert "failure 2" not in supervisor.err
+    assert {record.start_step for record in node.records()[1:]} == {9}
