@@ -7,10 +7,11 @@ import threading
 import time
 from dataclasses import dataclass, field
 
+import pytest
 from waiting import wait_until
 
 from runner.errors import EngineError
-from runner.launch.aside import Aside, seconds_for_tidying
+from runner.launch.aside import Aside, seconds_for_tidying, waited_for
 from runner.launch.base import Order
 from runner.launch.process import UNKNOWN_EXIT
 
@@ -128,6 +129,31 @@ def test_a_start_that_fails_says_why_and_nothing_is_left() -> None:
     wait_until(lambda: aside.failure is not None, what="the failure")
     assert str(aside.failure) == "the container engine cannot start the container: no"
     assert aside.kill_tree() == []
+
+
+def test_a_call_is_waited_for_until_a_deadline_becomes_known() -> None:
+    answers, returned = threading.Event(), threading.Event()
+    deadline = list[float]()
+
+    def call() -> str:
+        answers.wait()
+        returned.set()
+        return "late"
+
+    threading.Timer(0.1, lambda: deadline.append(time.monotonic())).start()
+    assert waited_for(call, lambda: deadline[0] if deadline else None) is None
+
+    answers.set()
+    assert returned.wait(60), "it goes on"
+    assert waited_for(call, lambda: None) == "late"
+
+
+def test_what_a_call_raises_comes_through() -> None:
+    def call() -> str:
+        raise EngineError("list containers", "no")
+
+    with pytest.raises(EngineError, match="cannot list containers: no"):
+        waited_for(call, lambda: None)
 
 
 def test_what_nothing_depends_on_has_a_quarter_of_the_time_and_a_second() -> None:

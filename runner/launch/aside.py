@@ -12,8 +12,9 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from dataclasses import replace
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from runner.errors import RunnerError
 from runner.launch.base import Handle, Order
@@ -21,6 +22,7 @@ from runner.launch.process import UNKNOWN_EXIT
 from runner.memory import Memory
 
 log = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 _POLL_SECONDS = 0.01
 _WORD_SECONDS = 1.0  # for the engine's word on an end that has been seen, when there is a deadline
@@ -181,6 +183,28 @@ class Aside:
 
     def close(self) -> None:
         """Nothing is held: it is gone, or its thread removes it."""
+
+
+def waited_for(call: Callable[[], _T], deadline: Callable[[], float | None]) -> _T | None:
+    """What a call that may last returns, or raises. It is made in a thread, which outlasts this.
+
+    None if a deadline, also one that becomes known meanwhile, leaves no time to wait for it.
+    """
+    called: Future[_T] = Future()
+
+    def serve() -> None:
+        try:
+            called.set_result(call())
+        except BaseException as error:  # noqa: BLE001 - it is raised where it is waited for
+            called.set_exception(error)
+
+    threading.Thread(target=serve, name="engine", daemon=True).start()
+    began = time.monotonic()
+    while not wait([called], _POLL_SECONDS).done:
+        now, until = time.monotonic(), deadline()
+        if until is not None and now - began >= seconds_for_tidying(until - now):
+            return None
+    return called.result()
 
 
 def seconds_for_tidying(left_seconds: float) -> float:

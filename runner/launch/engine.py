@@ -10,6 +10,7 @@ import contextlib
 import grp
 import importlib
 import os
+import time
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +22,9 @@ from runner.launch.process import UNKNOWN_EXIT
 
 DEFAULT_SOCKET = "unix:///var/run/docker.sock"
 _ANSWER_SECONDS = 10.0
+_REMOVE_SECONDS = 60.0
+_CONFLICT = 409
+_LOOK_SECONDS = 0.1
 _SHELLS_ADD = 128  # to a signal's number; also what the init of a container makes of it
 _LAST_SIGNAL = 64
 _START_SECONDS = 120.0  # GPUs and large images take their time
@@ -157,10 +161,22 @@ class Engine:
             return bytes(self._client.logs(container, stdout=stdout, stderr=stderr))
 
     def remove(self, container: str) -> None:
-        """Remove a container, whether it runs or not; nothing happens if it is gone."""
+        """Remove a container, whether it runs or not; it is gone then. Nothing happens if it was.
+
+        One that dies slowly has its time: the engine itself waits for ten seconds and more.
+        """
+        until = time.monotonic() + _REMOVE_SECONDS
         missing = contextlib.suppress(self._sdk.errors.NotFound)
-        with self._translated("remove the container"), missing:
-            self._client.remove_container(container, force=True, v=True)
+        with self._translated("remove the container", _REMOVE_SECONDS), missing:
+            try:
+                self._client.remove_container(container, force=True, v=True)
+            except self._sdk.errors.APIError as error:
+                if error.status_code != _CONFLICT:
+                    raise
+                while self._client.inspect_container(container):  # somebody's is on its way
+                    if time.monotonic() >= until:
+                        raise
+                    time.sleep(_LOOK_SECONDS)
 
     def labelled(self, label: str, value: str) -> list[str]:
         """The ids of all containers with this label, those that have ended too."""

@@ -28,7 +28,7 @@ from runner.checkpoint.keeper import Keeper
 from runner.checkpoint.outputs import Outputs
 from runner.checkpoint.persist import Persister
 from runner.checkpoint.provenance import collect, keep_changes, mask_secrets
-from runner.errors import RunnerError, SpoolError
+from runner.errors import EngineError, RunnerError, SpoolError
 from runner.job import is_s3, job_as_submitted, resolved_command
 from runner.launch.base import Launcher
 from runner.notices import Watch
@@ -161,8 +161,7 @@ class Supervisor:
         become_subreaper()
         before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, self._on_child)
         (self._spool.path / "stop").unlink(missing_ok=True)  # meant for a supervisor before
-        for left in self._launcher.end_leftovers():
-            log.warning("killed %s, left by a supervisor that is dead", left)
+        self._end_leftovers()
         observer = self._watch_spool()
         threading.Thread(target=self._collect_provenance, name="provenance", daemon=True).start()
         tidying = threading.Thread(target=self._remove_abandoned, name="abandoned", daemon=True)
@@ -380,6 +379,14 @@ class Supervisor:
 
     def _stacks_shown(self) -> None:
         self._events.put(events.StacksShown(time.monotonic()))
+
+    def _end_leftovers(self) -> None:
+        """Before anything begins. Where an engine fails, the first start does it, or fails."""
+        try:
+            for left in self._trainer.end_leftovers():
+                log.warning("killed %s, left by a supervisor that is dead", left)
+        except EngineError as error:
+            log.warning("%s: the trainer's start will try it again", error)
 
     def _end_trainer(self) -> None:
         """Kill whatever is left of the attempt; it does not return before that is gone."""

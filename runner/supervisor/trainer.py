@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from runner.board import Board
 from runner.errors import EngineGone, RunnerError, UsageError
-from runner.launch.aside import seconds_for_tidying
+from runner.launch.aside import seconds_for_tidying, waited_for
 from runner.launch.base import Handle, Launcher, Order
 from runner.memory import Memory
 from runner.spool import RankSpool
@@ -59,6 +59,10 @@ class Trainer:
     def pid_here(self, pid: int) -> int | None:
         """What this machine calls a process of the trainer; None where that cannot be told."""
         return None if self._handle is None else self._handle.pid_here(pid)
+
+    def end_leftovers(self) -> list[str]:
+        """End what a dead supervisor of this run has left here; what that was, in words."""
+        return waited_for(self._launcher.end_leftovers, lambda: self._deadline) or []
 
     def start(self, attempt: int, own: dict[str, str]) -> None:
         """Start that of an attempt; `own` are the variables that it is told.

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 from nodes import Node, Started
-from servers.engine import Docker
+from servers.engine import IMAGE, Docker
 from servers.engineproxy import EngineProxy
 from waiting import wait_until
+
+from runner.launch.engine import Engine
 
 GRACE_SECONDS = 5.0
 IN_TIME_SECONDS = GRACE_SECONDS + 3.0  # of a machine with other things to do
@@ -42,14 +48,17 @@ def finish(node: Node) -> None:
     assert f"finished at {STEPS}" in done.out
 
 
-def test_a_start_that_does_not_come_back_is_not_waited_for(node: Node, proxy: EngineProxy) -> None:
+@pytest.mark.parametrize("held", ["POST .*/start", "DELETE "])
+def test_a_start_that_does_not_come_back_is_not_waited_for(
+    node: Node, proxy: EngineProxy, held: str
+) -> None:
     """What a killed supervisor left in the slots is saved meanwhile, and all in time."""
     supervisor = train(node, "step 6", params={"befalls": {"1": {"6": "wait"}}})
     os.kill(supervisor.pid, signal.SIGKILL)
     supervisor.process.wait()
-    proxy.hold("POST .*/start")
+    proxy.hold(held)
     supervisor = node.start("run", str(node.folder / "job.json"))
-    wait_until(lambda: bool(proxy.held), what="the start")
+    wait_until(lambda: bool(proxy.held), what="the request")
 
     supervisor.send_signal(signal.SIGTERM)
 
@@ -117,3 +126,62 @@ def test_an_engine_that_is_away_between_two_attempts_is_waited_for(
     assert supervisor.wait() == 0, supervisor.err
     assert "failure 2" not in supervisor.err
     assert {record.start_step for record in node.records()[1:]} == {9}
+
+
+def test_an_engine_that_is_silent_at_the_start_is_waited_for(
+    node: Node, proxy: EngineProxy
+) -> None:
+    """It is asked for what a killed supervisor has left, before anything begins."""
+    supervisor = train(node, "step 6", params={"befalls": {"1": {"6": "wait"}}})
+    os.kill(supervisor.pid, signal.SIGKILL)
+    supervisor.process.wait()
+    proxy.hold("GET .*/containers/json")
+    node.gate.touch()
+    supervisor = node.start("run", str(node.folder / "job.json"))
+
+    wait_until(lambda: "does not answer" in supervisor.err, what="it to be missed")
+    proxy.release()
+
+    assert supervisor.wait() == 0, supervisor.err
+
+
+def test_what_a_killed_supervisor_has_left_may_take_its_time_to_die(
+    node: Node, proxy: EngineProxy
+) -> None:
+    supervisor = train(node, "step 6", params={"befalls": {"1": {"6": "wait"}}})
+    os.kill(supervisor.pid, signal.SIGKILL)
+    supervisor.process.wait()
+    proxy.hold("DELETE ")
+    node.gate.touch()
+    supervisor = node.start("run", str(node.folder / "job.json"))
+    wait_until(lambda: bool(proxy.held), what="the removal")
+    asked_at = time.monotonic()
+
+    # Longer than an engine itself waits for the end of what it kills.
+    wait_until(lambda: time.monotonic() >= asked_at + 12.0, what="a while")
+    assert supervisor.process.poll() is None, supervisor.err
+    assert "does not answer" not in supervisor.err
+    proxy.release()
+
+    assert supervisor.wait() == 0, supervisor.err
+    assert "killed container" in supervisor.err
+
+
+def test_a_removal_that_somebody_else_has_begun_is_waited_for(engine: Docker) -> None:
+    connections = [Engine.connect({"DOCKER_HOST": engine.host}) for _ in range(8)]
+    request = {"Image": IMAGE, "Entrypoint": ["sleep", "600"], "HostConfig": {"Init": True}}
+    container = connections[0].create("runner-test-removed-by-many", request)
+    connections[0].start(container)
+    together = threading.Barrier(len(connections))
+
+    def remove(connection: Engine) -> dict[str, Any]:
+        together.wait()
+        connection.remove(container)
+        return connection.state(container)
+
+    with ThreadPoolExecutor(len(connections)) as pool:
+        states = list(pool.map(remove, connections))
+
+    assert states == [{}] * len(connections)
+    for connection in connections:
+        connection.close()
