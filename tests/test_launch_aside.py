@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import threading
 import time
@@ -26,6 +27,8 @@ class Life:
     pid: int = 7
     pids: tuple[int, ...] = ()
     failure: None = None
+    refuses: int = 0
+    """How often its end is disturbed."""
 
     def poll(self) -> int | None:
         if not self.dead:
@@ -37,6 +40,9 @@ class Life:
         return self.dead
 
     def kill_tree(self, *, timeout_seconds: float = 10.0) -> list[int]:
+        if self.refuses:
+            self.refuses -= 1
+            raise OSError(errno.EMFILE, "no descriptor is free")
         self.dead = True
         self.answers.wait()
         self.removed.set()
@@ -118,6 +124,17 @@ def test_with_a_deadline_it_is_not() -> None:
     assert life.removed.wait(0) is False
     assert aside.kill_tree() == []
     assert aside.poll() == UNKNOWN_EXIT, "what was told stays"
+
+
+def test_an_end_that_is_disturbed_is_tried_again() -> None:
+    life = Life(refuses=2)
+    life.answers.set()
+    aside = begun(life, [])
+
+    assert aside.kill_tree() == []
+
+    assert life.removed.is_set()
+    assert (aside.poll(), aside.failure) == (3, None)
 
 
 def test_a_start_that_fails_says_why_and_nothing_is_left() -> None:

@@ -7,6 +7,7 @@ once the trainer is dead, what the engine still has to do changes nothing of wha
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import signal
 import threading
@@ -66,21 +67,34 @@ class Aside:
     def _serve(self) -> None:
         try:
             with self._alone:
-                if not self._ending.is_set():
-                    self._live(self._begin(replace(self._order, print_left=self._print)))
-        except (RunnerError, OSError) as error:
-            self._failure = error
+                if not self._ending.is_set() and self._starts() and self._life is not None:
+                    self._live(self._life)
         finally:
             self._over.set()
 
+    def _starts(self) -> bool:
+        try:
+            self._life = self._begin(replace(self._order, print_left=self._print))
+        except (RunnerError, OSError) as error:
+            self._failure = error
+        return self._failure is None
+
     def _live(self, life: Life) -> None:
-        self._life = life
         while not self._ending.wait(_POLL_SECONDS):
             if self._heard is None:
-                self._heard = life.poll()
-        while life.kill_tree():
-            log.debug("the container's first process does not die")
+                with contextlib.suppress(OSError):  # no descriptor is free, for example
+                    self._heard = life.poll()
+        while self._is_left_over(life):
+            time.sleep(_POLL_SECONDS)
         self._heard = life.poll()
+
+    def _is_left_over(self, life: Life) -> bool:
+        """Whether it is to be ended once more; what is not removed now is before the next start."""
+        try:
+            return bool(life.kill_tree())
+        except OSError as error:
+            log.warning("the end of the container: %s", error)
+            return not self._is_dead()
 
     def _print(self, target: int, data: bytes) -> None:
         with self._printing:
@@ -125,7 +139,9 @@ class Aside:
         return self._told
 
     def _is_dead(self) -> bool:
-        return self._life is not None and self._life.has_ended() is True
+        with contextlib.suppress(OSError):  # that cannot be told just now
+            return self._life is not None and self._life.has_ended() is True
+        return False
 
     def killed_for_memory(self) -> bool | None:
         return False if self._life is None else self._life.killed_for_memory()

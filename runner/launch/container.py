@@ -115,8 +115,10 @@ class ContainerTrainer:
         return exit_code_of(state)
 
     def has_ended(self) -> bool | None:
-        """Whether its first process is dead; None where only the engine sees that."""
-        return None if self._first is None else not self._lives()
+        """Whether its first process is dead; None where only the engine sees that, and has not."""
+        if self._first is None:
+            return None if self._code is None else True
+        return not self._lives()
 
     def _lives(self) -> bool:
         """Whether the process table still has the container's first process."""
