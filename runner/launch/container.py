@@ -30,6 +30,7 @@ from runner.launch.image import Image
 from runner.launch.namespace import first_process, inhabitants, number_of
 from runner.launch.process import UNKNOWN_EXIT
 from runner.launch.process_tree import ProcessEntry, read_entry
+from runner.launch.refusal import is_of_gpus
 from runner.launch.users import owner_of, user_mode
 from runner.memory import Memory, limited_memory, physical_memory
 from runner.spool import give_to
@@ -204,6 +205,7 @@ class DockerLauncher:
     ) -> None:
         self._engine, self._job, self._image = engine, job, image
         self._seat, self._parent = seat, parent
+        self._has_started = False  # then the job and the machine go together
 
     @property
     def pipes_in(self) -> Path:
@@ -243,9 +245,10 @@ class DockerLauncher:
         except EngineError as error:
             with contextlib.suppress(EngineError):
                 self._engine.remove(container)
-            if self._job.resources.gpus and error.status >= 500:
+            if self._job.resources.gpus and not self._has_started and is_of_gpus(error):
                 raise UsageError(f"resources.gpus: {error}") from error
             raise
+        self._has_started = True
         return ContainerTrainer(
             self._engine,
             container,

@@ -180,7 +180,7 @@ class Engine:
         try:
             yield
         except self._sdk.errors.APIError as error:
-            raise EngineError(action, _explanation(error), error.status_code) from error
+            raise EngineError(action, _whole(error), error.status_code) from error
         except (RequestException, self._sdk.errors.DockerException, OSError) as error:
             raise EngineGone(action, f"it does not answer at {self.address}") from error
 
@@ -253,6 +253,11 @@ def _way_in(group: int | None) -> str:
     except KeyError:
         name = str(group)
     return f"become a member of the group {name} (usermod -aG {name} USER, then log in again)"
+
+
+def _whole(error: Any) -> str:
+    """All that the engine says, in one line: the runtime's own words come last."""
+    return " ".join(str(error.explanation or error).split())[:1000]
 
 
 def _explanation(error: Any) -> str:

@@ -22,6 +22,7 @@ from runner.errors import EngineError, UsageError
 from runner.job import Job
 from runner.launch.docker import probe_request
 from runner.launch.engine import Engine
+from runner.launch.refusal import is_of_gpus
 
 log = logging.getLogger(__name__)
 
@@ -260,8 +261,10 @@ def _ask(
         try:
             answer = _run(engine, image.name, {**request, "Entrypoint": entry})
         except EngineError as error:
-            if job.resources.gpus and error.status >= 500:
+            if job.resources.gpus and is_of_gpus(error):
                 raise UsageError(f"resources.gpus: {gpu_problem()}: {error.reason}") from error
+            if error.status >= 500:  # a full disk, say: it may work another time
+                raise
             raise UsageError(f"image: {image.name}: {error}") from error
         if answer is not None:
             return answer

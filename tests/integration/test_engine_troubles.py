@@ -1,0 +1,85 @@
+"""Engines that refuse, are slow or go away, and what of that is final and what is left behind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from nodes import Node
+from servers.engine import IMAGE, Docker
+from servers.engineproxy import EngineProxy
+
+from runner.errors import EngineError, UsageError
+from runner.job import Job
+from runner.launch.base import Order, Places
+from runner.launch.container import DockerLauncher, seat_of
+from runner.launch.engine import Engine
+from runner.launch.image import Image
+
+
+@pytest.fixture
+def proxy(engine: Docker, tmp_path: Path) -> Iterator[EngineProxy]:
+    with EngineProxy(engine, tmp_path / "engine.sock") as proxy:
+        yield proxy
+
+
+def gpu_launcher(proxy: EngineProxy, folder: Path) -> tuple[DockerLauncher, Order]:
+    """A launcher of a job with GPUs, by an engine that starts nothing; its order is the first."""
+    image = proxy.docker.run("image", "inspect", "-f", "{{.Id}}", IMAGE).strip()
+    places = Places(*(folder / name for name in ("spool", "outputs", "slots")))
+    places.spool.mkdir()
+    gpus = {"gpus": 1}
+    job = Job.model_validate({"name": "gpus", "command": ["true"], "workdir": str(folder),
+                              "launcher": "docker", "image": IMAGE, "resources": gpus})  # fmt: skip
+    found = Image(IMAGE, image, None, python="python3")
+    engine = Engine.connect({"DOCKER_HOST": proxy.docker.host})
+    launcher = DockerLauncher(
+        engine, job, found, seat_of(engine, job, found, places, "gpus", "65532:65532"), {}
+    )
+    return launcher, Order(1, {}, 1, 2, lambda target, data: None)
+
+
+def test_a_full_disk_is_not_taken_for_gpus_that_are_missing(
+    proxy: EngineProxy, tmp_path: Path
+) -> None:
+    """That would be final, and it may pass."""
+    launcher, order = gpu_launcher(proxy, tmp_path)
+    proxy.refuse("POST .*/start", 500, "mkdir /run/containerd/x: no space left on device")
+
+    with pytest.raises(EngineError, match="no space left on device"):
+        launcher.start(order)
+
+    proxy.be_true()
+    proxy.refuse(
+        "POST .*/start", 500, "stderr: Auto-detected mode\nnvidia-container-cli: no driver"
+    )
+    with pytest.raises(UsageError, match=r"resources.gpus: .*nvidia-container-cli: no driver"):
+        launcher.start(order)
+
+    proxy.be_true()
+    with pytest.raises(UsageError, match=r"resources.gpus: .*could not select device driver"):
+        launcher.start(order)
+    assert proxy.docker.containers("label=runner.run-id=gpus") == []
+
+
+def test_gpus_that_were_there_may_come_back(proxy: EngineProxy, tmp_path: Path) -> None:
+    launcher, order = gpu_launcher(proxy, tmp_path)
+    proxy.answer("POST .*/start", b"HTTP/1.1 204 No Content\r\nConnection: close\r\n\r\n")
+    launcher.start(order)
+    proxy.be_true()
+
+    with pytest.raises(EngineError, match="could not select device driver"):
+        launcher.start(order)
+    assert proxy.docker.containers("label=runner.run-id=gpus") == []
+
+
+def test_a_full_disk_at_submit_is_not_final(proxy: EngineProxy, node: Node) -> None:
+    node.use(proxy.docker)
+    proxy.refuse("POST .*/start", 500, "mkdir /run/containerd/x: no space left on device")
+
+    done = node.run("run", node.job("python", "-c", "pass", resources={"gpus": 1}))
+
+    assert done.code == 70, done.err
+    assert "no space left on device" in done.err
+    assert "gpus" not in done.err
