@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 from nodes import Node
 from servers.engine import IMAGE, Docker
 from servers.engineproxy import EngineProxy
+from waiting import wait_until
 
 from runner.errors import EngineError, UsageError
 from runner.job import Job
@@ -83,3 +86,23 @@ def test_a_full_disk_at_submit_is_not_final(proxy: EngineProxy, node: Node) -> N
     assert done.code == 70, done.err
     assert "no space left on device" in done.err
     assert "gpus" not in done.err
+
+
+def test_a_container_that_starts_when_its_supervisor_is_dead_ends_by_itself(
+    proxy: EngineProxy, node: Node
+) -> None:
+    node.use(proxy.docker)
+    assert node.run("run", node.job("python", "-c", "pass", name="looks")).code == 0
+    asked = len(proxy.asked)
+    release = proxy.hold("POST .*/start")
+    supervisor = node.start("run", node.job("python", "-c", "import time; time.sleep(3600)"))
+    wait_until(lambda: any("/start" in line for line in proxy.asked[asked:]), what="the start")
+
+    os.kill(supervisor.pid, signal.SIGKILL)
+    supervisor.wait()
+    release.set()
+
+    (container,) = wait_until(lambda: node.containers("status=exited"), what="its end")
+    assert proxy.docker.run("inspect", "-f", "{{.State.ExitCode}}", container).strip() == "75"
+    proxy.docker.run("rm", container)
+    node.keeps_spool = True

@@ -41,7 +41,7 @@ class EngineProxy:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for _, release in self._held:
+        for _pattern, release in self._held:
             release.set()
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
