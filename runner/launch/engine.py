@@ -169,6 +169,12 @@ class Engine:
             found = self._client.containers(all=True, filters=filters)
         return [str(one["Id"]) for one in found]
 
+    def labels(self, label: str) -> dict[str, str]:
+        """What this label says of each container that has it, by their ids."""
+        with self._translated("list containers"):
+            found = self._client.containers(all=True, filters={"label": [label]})
+        return {str(one["Id"]): str((one.get("Labels") or {}).get(label, "")) for one in found}
+
     def close(self) -> None:
         self._client.close()
 

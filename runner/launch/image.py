@@ -7,6 +7,7 @@ container of half a second, so what was found is remembered by the image's id.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -20,6 +21,7 @@ from typing import Any
 from runner import __version__
 from runner.errors import EngineError, UsageError
 from runner.job import Job
+from runner.launch import shortlived
 from runner.launch.docker import probe_request
 from runner.launch.engine import Engine
 from runner.launch.refusal import is_of_gpus
@@ -273,7 +275,7 @@ def _ask(
 
 def _run(engine: Engine, name: str, request: Mapping[str, Any]) -> dict[str, Any] | None:
     """Run a probe to its end; what it printed, None if there is no such program."""
-    container = engine.create(f"runner-probe-{os.urandom(6).hex()}", request)
+    container = shortlived.make(engine, "probe", request)
     try:
         engine.start(container)
         code = engine.wait(container, _PROBE_SECONDS)
@@ -284,7 +286,8 @@ def _run(engine: Engine, name: str, request: Mapping[str, Any]) -> dict[str, Any
             return None
         raise
     finally:
-        engine.remove(container)
+        with contextlib.suppress(EngineError):  # another look removes it then
+            engine.remove(container)
     if code == _NOT_FOUND:
         return None
     try:
