@@ -181,13 +181,15 @@ class Engine:
     @contextlib.contextmanager
     def _translated(self, action: str, timeout_seconds: float = _ANSWER_SECONDS) -> Iterator[None]:
         from requests.exceptions import RequestException
+        from urllib3.exceptions import HTTPError  # of a stream, which the SDK reads past requests
 
+        gone = (RequestException, HTTPError, OSError)
         self._client.timeout = timeout_seconds
         try:
             yield
         except self._sdk.errors.APIError as error:
             raise EngineError(action, _whole(error), error.status_code) from error
-        except (RequestException, self._sdk.errors.DockerException, OSError) as error:
+        except (*gone, self._sdk.errors.DockerException) as error:
             raise EngineGone(action, f"it does not answer at {self.address}") from error
 
 

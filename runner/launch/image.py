@@ -265,7 +265,7 @@ def _ask(
         except EngineError as error:
             if job.resources.gpus and is_of_gpus(error):
                 raise UsageError(f"resources.gpus: {gpu_problem()}: {error.reason}") from error
-            if error.status >= 500:  # a full disk, say: it may work another time
+            if not 400 <= error.status < 500:  # a full disk, say: it may work another time
                 raise
             raise UsageError(f"image: {image.name}: {error}") from error
         if answer is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Iterator
@@ -106,3 +107,35 @@ def test_a_container_that_starts_when_its_supervisor_is_dead_ends_by_itself(
     assert proxy.docker.run("inspect", "-f", "{{.State.ExitCode}}", container).strip() == "75"
     proxy.docker.run("rm", container)
     node.keeps_spool = True
+
+
+def test_an_engine_that_dies_in_the_middle_of_a_pull_does_not_answer(
+    proxy: EngineProxy, node: Node
+) -> None:
+    """Its answer is cut off inside of a piece that it has announced."""
+    node.use(proxy.docker)
+    head = (
+        b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+    )
+    told = b'{"status":"Downloading","id":"a","progressDetail":{"current":1,"total":9}}\r\n'
+    proxy.answer("POST .*/images/create", head + b"%x\r\n%s\r\n" % (len(told), told))
+    job = Path(node.job("python", "-c", "pass"))
+    job.write_text(json.dumps(json.loads(job.read_text()) | {"image": "registry.example/x:1"}))
+
+    done = node.run("run", str(job))  # which fails at a traceback
+
+    assert done.code == 70, done.err
+    cannot = "runner: the container engine cannot pull registry.example/x:1: it does not answer at "
+    assert done.err.endswith(f"{cannot}{proxy.docker.host}\n")
+
+
+def test_an_engine_that_goes_away_during_a_look_is_not_final(
+    proxy: EngineProxy, node: Node
+) -> None:
+    node.use(proxy.docker)
+    proxy.answer("POST .*/wait", b"")
+
+    done = node.run("run", node.job("python", "-c", "pass"))
+
+    assert done.code == 70, done.err
+    assert "does not answer" in done.err
