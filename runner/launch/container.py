@@ -14,7 +14,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ FIRST_PROGRAM = Path(inside.__file__)
 _ASK_AGAIN_SECONDS = 0.25
 _ENGINE_BACK_SECONDS = 120.0  # for an engine that died, to say how a container has ended
 _KILL_SECONDS = 10.0
+_LEAVING_SECONDS = 10.0  # for an engine that was just away; as long as one question may take
 _POLL_SECONDS = 0.005
 
 
@@ -176,15 +177,17 @@ class ContainerTrainer:
         return []
 
     def _remove(self) -> None:
-        """Remove the container. What cannot be removed now is before the next attempt begins."""
-        try:
+        """Remove the container, also if its log cannot be read.
+
+        What cannot be removed now is before the next attempt begins, or in the end of the run.
+        """
+        with _told():  # both are the same file, so if one fails, the other is not waited for
             for target in (1, 2):
                 left = self._engine.output(self._container, stdout=target == 1, stderr=target == 2)
                 if left:
                     self._print_left(target, left)
+        with _told():
             self._engine.remove(self._container)
-        except EngineError as error:
-            log.warning("%s", error)
 
     def close(self) -> None:
         """Nothing is held: the container is gone."""
@@ -228,6 +231,19 @@ class DockerLauncher:
             self._engine.remove(container)
         return [f"container {container[:12]}" for container in found]
 
+    def leave(self, seconds_left: float) -> None:
+        until = time.monotonic() + min(_LEAVING_SECONDS, seconds_left - _LEAVING_SECONDS)
+        problem = None
+        while time.monotonic() < until:
+            try:
+                self.end_leftovers()
+                return
+            except EngineError as error:
+                problem = error
+            time.sleep(_ASK_AGAIN_SECONDS)
+        if problem is not None:
+            log.warning("a container may be left until this run is started here again: %s", problem)
+
     def trial(self, folder: Path, request: Mapping[str, Any]) -> ContainerTrial:
         return ContainerTrial(self._job, self._seat, folder, request)
 
@@ -270,6 +286,15 @@ def seat_of(engine: Engine, job: Job, image: Image, places: Places, run_id: str,
         host_memory=physical_memory(),
         user_mode=user_mode(engine, job),
     )
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """Go on after a failure of the engine's; say it."""
+    try:
+        yield
+    except EngineError as error:
+        log.warning("%s", error)
 
 
 def _send(pid: int, signum: int) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from nodes import Node
+from nodes import Node, is_running
 from servers.engine import IMAGE, Docker
 from servers.engineproxy import EngineProxy
 from waiting import wait_until
@@ -17,7 +17,7 @@ from waiting import wait_until
 from runner.errors import EngineError, UsageError
 from runner.job import Job
 from runner.launch.base import Order, Places
-from runner.launch.container import DockerLauncher, seat_of
+from runner.launch.container import ContainerTrainer, DockerLauncher, seat_of
 from runner.launch.engine import Engine
 from runner.launch.image import Image
 
@@ -139,3 +139,45 @@ def test_an_engine_that_goes_away_during_a_look_is_not_final(
 
     assert done.code == 70, done.err
     assert "does not answer" in done.err
+
+
+def test_a_container_whose_log_cannot_be_read_is_removed(proxy: EngineProxy) -> None:
+    engine = Engine.connect({"DOCKER_HOST": proxy.docker.host})
+    request = {
+        "Image": IMAGE,
+        "Entrypoint": ["sleep", "3600"],
+        "HostConfig": {"NetworkMode": "none"},
+    }
+    container = engine.create("runner-test-log", request)
+    engine.start(container)
+    first = int(engine.state(container)["Pid"])
+    trainer = ContainerTrainer(engine, container, first, None, lambda target, data: None)
+    proxy.refuse("GET .*/logs", 500, "error reading the log: unexpected EOF")
+
+    assert trainer.kill_tree() == []
+
+    assert engine.state(container) == {}
+    assert not is_running(first)
+    engine.close()
+
+
+def test_what_could_not_be_removed_for_a_while_is_not_left_behind(
+    proxy: EngineProxy, node: Node
+) -> None:
+    node.use(proxy.docker)
+    assert node.run("run", node.job("python", "-c", "pass", name="looks")).code == 0
+    asked = len(proxy.asked)
+    proxy.refuse("DELETE .*", 503, "containerd is just starting")
+
+    supervisor = node.start("run", node.job("python", "-c", "pass"))
+    wait_until(lambda: deletions(proxy.asked[asked:]) > 1, what="another try")
+    proxy.be_true()
+
+    assert supervisor.wait() == 0, supervisor.err
+    assert "cannot remove the container: containerd is just starting" in supervisor.err
+    assert node.docker is not None
+    assert node.docker.containers(f"label=runner.spool={node.spool().path}") == []
+
+
+def deletions(asked: list[str]) -> int:
+    return sum(line.startswith("DELETE") for line in asked)
