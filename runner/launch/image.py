@@ -24,7 +24,7 @@ from runner.job import Job
 from runner.launch import shortlived
 from runner.launch.docker import probe_request
 from runner.launch.engine import Engine
-from runner.launch.refusal import is_of_gpus
+from runner.launch.refusal import is_of_gpus, is_of_program
 
 log = logging.getLogger(__name__)
 
@@ -282,7 +282,8 @@ def _run(engine: Engine, name: str, request: Mapping[str, Any]) -> dict[str, Any
         said = engine.output(container, stdout=True, stderr=False)
         error = engine.output(container, stdout=False, stderr=True)
     except EngineError as refusal:
-        if refusal.status == 400:  # without an init, the engine looks for the program itself
+        # Without an init, the engine looks for the program itself.
+        if is_of_program(refusal, request["Entrypoint"][0]):
             return None
         raise
     finally:
