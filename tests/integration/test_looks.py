@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -90,3 +92,31 @@ def test_a_second_signal_does_not_wait_for_the_engine(
     assert len(made_by(other, engine)) == 1
     other.send_signal(signal.SIGTERM)
     assert other.wait() == 75
+
+
+CATCHES_EVERYTHING = """
+import time
+from runner.cli import app
+app._TIDYING_SECONDS = 0.1
+app._end_early_on_signals()
+print("ready", flush=True)
+while True:
+    try:
+        time.sleep(3600)
+    except BaseException:
+        pass
+"""
+
+
+def test_a_signal_that_got_lost_is_obeyed_after_a_while() -> None:
+    words = [sys.executable, "-c", CATCHES_EVERYTHING]
+    with subprocess.Popen(words, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"ready\n"
+
+        child.send_signal(signal.SIGTERM)
+
+        try:
+            assert child.wait(60) == 75
+        finally:
+            child.kill()
