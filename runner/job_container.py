@@ -25,6 +25,7 @@ IMAGE_PATTERN = rf"^(?:(?:{_HOST}/)?{_NAME}(?:/{_NAME})*(?::{_TAG})?(?:@{_DIGEST
 NETWORK_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.:-]{0,127}$"
 USER_PATTERN = r"^[0-9]{1,10}(:[0-9]{1,10})?$"
 _LARGEST_ID = 2**32 - 2
+_OURS, _WORKDIR = Path("/runner"), Path("/runner/workdir")  # in the container
 
 
 def _image(text: str) -> str:
@@ -62,9 +63,20 @@ User = Annotated[
 
 def _target(text: str) -> str:
     path = Path(some_text(text))
-    if not path.is_absolute() or ".." in path.parts or path == Path("/"):
+    if not path.is_absolute() or ".." in path.parts:
         raise ValueError("expected an absolute path in the container")
-    return str(path)
+    return str(_free(Path("/", *path.parts[1:])))  # // begins a path of another kind
+
+
+def _free(target: Path) -> Path:
+    if target == Path("/"):
+        raise ValueError("expected an absolute path in the container, and not all of it")
+    if target.is_relative_to(_OURS) and _WORKDIR not in target.parents:
+        raise ValueError(
+            f"expected a path that is not in {_OURS}, where the run's own folders are, or one "
+            f"below {_WORKDIR}"
+        )
+    return target
 
 
 def _source(text: str) -> str:
@@ -83,6 +95,12 @@ class Mount(Part):
         default=None, description="In the container; default: the same path.", examples=["/data"]
     )
     writable: bool = Field(default=False, description="Whether the trainer may write there.")
+
+    @model_validator(mode="after")
+    def _is_free(self) -> Mount:
+        if self.target is None and Path(self.source).is_absolute():
+            _free(Path(self.source))
+        return self
 
     @model_validator(mode="before")
     @classmethod

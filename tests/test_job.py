@@ -177,6 +177,13 @@ def test_every_key_of_a_trainer_in_a_container_is_read(load: Load) -> None:
     assert Job.model_validate(job_as_submitted(job)) == job
 
 
+def test_something_may_be_mounted_below_the_workdir(load: Load) -> None:
+    mounts = "mounts: [{source: x, target: //runner/workdir/x}, {source: y, target: /runners}]"
+    job = load(f"{MINIMAL}launcher: docker\nimage: rul\n{mounts}\n")
+
+    assert [m.target for m in job.mounts] == ["/runner/workdir/x", "/runners"]
+
+
 def test_a_trainer_in_a_container_gets_little_unless_it_is_said(load: Load) -> None:
     job = load(f"{MINIMAL}launcher: docker\nimage: rul\n")
 
@@ -400,6 +407,12 @@ REFUSED = {
     "mounts: ['/a:/b']": "mounts[0].source: expected a path without ':'; where it goes is said by",
     "mounts: [{source: a, target: b}]": "mounts[0].target: expected an absolute path in the cont",
     "mounts: [{source: a, target: /}]": "mounts[0].target: expected an absolute path in the cont",
+    "mounts: [{source: a, target: //}]": "mounts[0].target: expected an absolute path in the cont",
+    "mounts: [{source: a, target: /runner}]": "mounts[0].target: expected a path that is not in /r",
+    "mounts: [{source: a, target: /runner/spool/x}]": "mounts[0].target: expected a path that is",
+    "mounts: [{source: a, target: //runner/slots}]": "mounts[0].target: expected a path that is",
+    "mounts: [{source: a, target: /runner/workdir}]": "mounts[0].target: expected a path that is",
+    "mounts: [/runner/outputs]": "mounts[0]: expected a path that is not in /runner",
     "mounts: [{source: a, write: true}]": "mounts[0].write: is not a key of a job; did you mean mo",
     "mounts: [/a, {source: b, target: /a}]": "mounts: expected each target once",
     "credentials: keep": "credentials: expected 'withhold' or 'pass', got 'keep'",

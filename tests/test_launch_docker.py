@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from runner.errors import UsageError
+from runner.errors import EngineError, UsageError
 from runner.job import Job
 from runner.launch.base import Order, Places
 from runner.launch.container_trial import folders_inside
@@ -27,6 +27,7 @@ from runner.launch.docker import (
 )
 from runner.launch.engine import Engine as RealEngine
 from runner.launch.image import Image, Progress, gpu_problem, problem_of, repository_of
+from runner.launch.refusal import is_of_gpus, is_of_program
 from runner.launch.site import check_memory
 from runner.launch.users import container_user
 
@@ -299,6 +300,41 @@ def test_what_is_missing_for_gpus_is_told_in_order(tmp_path: Path) -> None:
     (tmp_path / "usr/bin").mkdir(parents=True)
     (tmp_path / "usr/bin/nvidia-container-cli").touch()
     assert "nvidia-ctk runtime configure" in gpu_problem(tmp_path)
+
+
+SHIM = "failed to create shim task: OCI runtime create failed: "
+REFUSALS = {
+    'could not select device driver "" with capabilities: [[gpu]]': True,
+    "failed to discover GPU vendor from CDI: no known GPU vendor found": True,
+    f"{SHIM}error running hook: exit status 1, stderr: Auto-detected mode as 'legacy' "
+    "nvidia-container-cli: initialization error: driver rpc error: unknown": True,
+    f"{SHIM}nvidia-container-cli: device error: GPU-1: unknown device: unknown": True,
+    "CDI device injection failed: unresolvable CDI devices nvidia.com/gpu=all": True,
+    f"{SHIM}mkdir /run/containerd/x: no space left on device: unknown": False,
+    'connection error: desc = "dial unix /run/containerd/containerd.sock": refused': False,
+}
+
+
+@pytest.mark.parametrize(("said", "of_gpus"), REFUSALS.items())
+def test_only_what_names_the_gpus_is_their_fault(said: str, of_gpus: bool) -> None:
+    assert is_of_gpus(EngineError("start the container", said, 500)) == of_gpus
+
+
+START = f"{SHIM}runc create failed: unable to start container process: "
+ALONE = {
+    f'{START}exec: "python3": executable file not found in $PATH: unknown': True,
+    f'{START}exec: "python3": stat python3: no such file or directory: unknown': True,
+    "crun: executable file `python3` not found in $PATH: No such file or directory": True,
+    f'{START}exec: "python": executable file not found in $PATH: unknown': False,
+    f'{START}error mounting "/x" to rootfs at "/etc/passwd": not a directory: unknown': False,
+    f'{START}error mounting "/a/python3" to rootfs: no such file or directory: unknown': False,
+    f'{START}exec: "python3": permission denied: unknown': False,
+}
+
+
+@pytest.mark.parametrize(("said", "is_missing"), ALONE.items())
+def test_a_program_is_missing_where_the_engine_names_it(said: str, is_missing: bool) -> None:
+    assert is_of_program(EngineError("start the container", said, 400), "python3") == is_missing
 
 
 # ---------------------------------------------------------------- pulling

@@ -10,6 +10,8 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -20,6 +22,11 @@ from runner.cli.common import print_json
 from runner.errors import RunnerError, StoreDenied, StoreUnfit, UsageError
 
 _NO_RETRY_HELPS = (UsageError, StoreDenied, StoreUnfit)
+_CODES: dict[int, int] = {
+    signal.SIGINT: exitcodes.INTERRUPTED,
+    signal.SIGTERM: exitcodes.PREEMPTED,
+}
+_TIDYING_SECONDS = 10.0
 
 
 def schema() -> None:
@@ -107,10 +114,22 @@ def _have_standard_streams() -> None:
 def _end_early_on_signals() -> None:
     """Until the supervisor listens to signals there is nothing to save: leave with the right code.
 
-    Otherwise a preemption in the first tenths of a second would look like a crash.
+    Otherwise a preemption in the first tenths of a second would look like a crash. The first signal
+    is raised, so that what was made to look around, such as a container, is removed. With the next
+    one it is left where it is, and after some seconds too: what is raised may get lost in code of
+    others that catches everything.
     """
-    for signum, code in (
-        (signal.SIGINT, exitcodes.INTERRUPTED),
-        (signal.SIGTERM, exitcodes.PREEMPTED),
-    ):
-        signal.signal(signum, lambda *_, code=code: os._exit(code))
+
+    def leave_now(signum: int, frame: FrameType | None, code: int | None = None) -> None:
+        os._exit(_CODES[signum] if code is None else code)
+
+    def leave(signum: int, frame: FrameType | None) -> None:
+        code = _CODES[signum]
+        for each in _CODES:
+            signal.signal(each, leave_now)
+        signal.signal(signal.SIGALRM, partial(leave_now, code=code))
+        signal.setitimer(signal.ITIMER_REAL, _TIDYING_SECONDS)
+        raise SystemExit(code)
+
+    for signum in _CODES:
+        signal.signal(signum, leave)

@@ -112,6 +112,9 @@ class Launcher(Protocol):
         The caller holds the spool's lock, so nobody else is using it.
         """
 
+    def leave(self, seconds_left: float) -> None:
+        """The run is over here: end what could not be ended before, as far as there is time."""
+
     def trial(self, folder: Path, request: Mapping[str, Any]) -> Trial:
         """Make ready a call of the job's own function, as `runner.training.validate` has it.
 

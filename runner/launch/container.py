@@ -15,11 +15,11 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from runner.errors import EngineError, UsageError
+from runner.errors import EngineError, EngineGone, UsageError
 from runner.job import Job
 from runner.launch import inside
 from runner.launch.aside import Aside
@@ -32,6 +32,7 @@ from runner.launch.image import Image
 from runner.launch.namespace import first_process, inhabitants, number_of
 from runner.launch.process import UNKNOWN_EXIT
 from runner.launch.process_tree import ProcessEntry, read_entry
+from runner.launch.refusal import is_of_gpus
 from runner.launch.users import owner_of, user_mode
 from runner.memory import Memory, limited_memory, physical_memory
 from runner.spool import give_to
@@ -41,6 +42,7 @@ log = logging.getLogger(__name__)
 FIRST_PROGRAM = Path(inside.__file__)
 _ASK_AGAIN_SECONDS = 0.25
 _ENGINE_BACK_SECONDS = 120.0  # for an engine that died, to say how a container has ended
+_LEAVING_SECONDS = 10.0  # for an engine that was just away; as long as one question may take
 _POLL_SECONDS = 0.005
 
 
@@ -186,15 +188,17 @@ class ContainerTrainer:
         return []
 
     def _remove(self) -> None:
-        """Remove the container. What cannot be removed now is before the next attempt begins."""
-        try:
+        """Remove the container, also if its log cannot be read.
+
+        What cannot be removed now is before the next attempt begins, or in the end of the run.
+        """
+        with _told():  # both are the same file, so if one fails, the other is not waited for
             for target in (1, 2):
                 left = self._engine.output(self._container, stdout=target == 1, stderr=target == 2)
                 if left:
                     self._print_left(target, left)
+        with _told():
             self._engine.remove(self._container)
-        except EngineError as error:
-            log.warning("%s", error)
 
     def close(self) -> None:
         """Nothing is held: the container is gone."""
@@ -216,6 +220,7 @@ class DockerLauncher:
         self._engine, self._job, self._image = engine, job, image
         self._seat, self._parent = seat, parent
         self._alone = threading.Lock()
+        self._has_started = False  # then the job and the machine go together
 
     @property
     def pipes_in(self) -> Path:
@@ -238,6 +243,30 @@ class DockerLauncher:
             self._engine.remove(container)
         return [f"container {container[:12]}" for container in found]
 
+    def leave(self, seconds_left: float) -> None:
+        until = time.monotonic() + min(_LEAVING_SECONDS, seconds_left - _LEAVING_SECONDS)
+        problem = None
+        while time.monotonic() < until:
+            try:
+                self._end_leftovers_alone(until)
+            except EngineError as error:
+                problem = error
+            else:
+                return
+            time.sleep(_ASK_AGAIN_SECONDS)
+        if problem is not None:
+            log.warning("a container may be left until this run is started here again: %s", problem)
+
+    def _end_leftovers_alone(self, until: float) -> None:
+        if not self._alone.acquire(timeout=max(0.0, until - time.monotonic())):
+            raise EngineGone(
+                "be asked what is left", "it has not answered what it was asked before"
+            )
+        try:
+            self.end_leftovers()
+        finally:
+            self._alone.release()
+
     def trial(self, folder: Path, request: Mapping[str, Any]) -> ContainerTrial:
         return ContainerTrial(self._job, self._seat, folder, request)
 
@@ -258,9 +287,10 @@ class DockerLauncher:
         except EngineError as error:
             with contextlib.suppress(EngineError):
                 self._engine.remove(container)
-            if self._job.resources.gpus and error.status >= 500:
+            if self._job.resources.gpus and not self._has_started and is_of_gpus(error):
                 raise UsageError(f"resources.gpus: {error}") from error
             raise
+        self._has_started = True
         return ContainerTrainer(
             self._engine,
             container,
@@ -282,6 +312,15 @@ def seat_of(engine: Engine, job: Job, image: Image, places: Places, run_id: str,
         host_memory=physical_memory(),
         user_mode=user_mode(engine, job),
     )
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """Go on after a failure of the engine's; say it."""
+    try:
+        yield
+    except EngineError as error:
+        log.warning("%s", error)
 
 
 def _send(pid: int, signum: int) -> bool:

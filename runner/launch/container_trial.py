@@ -18,6 +18,7 @@ from typing import Any
 from runner.errors import EngineError
 from runner.job import Job
 from runner.job_launch import import_folders
+from runner.launch import shortlived
 from runner.launch.docker import WORKDIR, Seat, trial_request
 from runner.launch.engine import Engine, exit_code_of
 from runner.launch.namespace import first_process, inhabitants
@@ -40,7 +41,7 @@ class ContainerTrial:
         self._engine = Engine.connect()
         try:
             container = trial_request(job, seat, folder, os.environ)
-            self._container = self._engine.create(f"runner-trial-{os.urandom(6).hex()}", container)
+            self._container = shortlived.make(self._engine, "trial", container)
         except BaseException:
             self._engine.close()
             raise

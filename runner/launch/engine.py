@@ -185,19 +185,27 @@ class Engine:
             found = self._client.containers(all=True, filters=filters)
         return [str(one["Id"]) for one in found]
 
+    def labels(self, label: str) -> dict[str, str]:
+        """What this label says of each container that has it, by their ids."""
+        with self._translated("list containers"):
+            found = self._client.containers(all=True, filters={"label": [label]})
+        return {str(one["Id"]): str((one.get("Labels") or {}).get(label, "")) for one in found}
+
     def close(self) -> None:
         self._client.close()
 
     @contextlib.contextmanager
     def _translated(self, action: str, timeout_seconds: float = _ANSWER_SECONDS) -> Iterator[None]:
         from requests.exceptions import RequestException
+        from urllib3.exceptions import HTTPError  # of a stream, which the SDK reads past requests
 
+        gone = (RequestException, HTTPError, OSError)
         self._client.timeout = timeout_seconds
         try:
             yield
         except self._sdk.errors.APIError as error:
-            raise EngineError(action, _explanation(error), error.status_code) from error
-        except (RequestException, self._sdk.errors.DockerException, OSError) as error:
+            raise EngineError(action, _whole(error), error.status_code) from error
+        except (*gone, self._sdk.errors.DockerException) as error:
             raise EngineGone(action, f"it does not answer at {self.address}") from error
 
 
@@ -269,6 +277,11 @@ def _way_in(group: int | None) -> str:
     except KeyError:
         name = str(group)
     return f"become a member of the group {name} (usermod -aG {name} USER, then log in again)"
+
+
+def _whole(error: Any) -> str:
+    """All that the engine says, in one line: the runtime's own words come last."""
+    return " ".join(str(error.explanation or error).split())[:1000]
 
 
 def _explanation(error: Any) -> str:

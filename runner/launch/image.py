@@ -7,6 +7,7 @@ container of half a second, so what was found is remembered by the image's id.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -20,8 +21,10 @@ from typing import Any
 from runner import __version__
 from runner.errors import EngineError, UsageError
 from runner.job import Job
+from runner.launch import shortlived
 from runner.launch.docker import probe_request
 from runner.launch.engine import Engine
+from runner.launch.refusal import is_of_gpus, is_of_program
 
 log = logging.getLogger(__name__)
 
@@ -260,8 +263,10 @@ def _ask(
         try:
             answer = _run(engine, image.name, {**request, "Entrypoint": entry})
         except EngineError as error:
-            if job.resources.gpus and error.status >= 500:
+            if job.resources.gpus and is_of_gpus(error):
                 raise UsageError(f"resources.gpus: {gpu_problem()}: {error.reason}") from error
+            if not 400 <= error.status < 500:  # a full disk, say: it may work another time
+                raise
             raise UsageError(f"image: {image.name}: {error}") from error
         if answer is not None:
             return answer
@@ -270,18 +275,20 @@ def _ask(
 
 def _run(engine: Engine, name: str, request: Mapping[str, Any]) -> dict[str, Any] | None:
     """Run a probe to its end; what it printed, None if there is no such program."""
-    container = engine.create(f"runner-probe-{os.urandom(6).hex()}", request)
+    container = shortlived.make(engine, "probe", request)
     try:
         engine.start(container)
         code = engine.wait(container, _PROBE_SECONDS)
         said = engine.output(container, stdout=True, stderr=False)
         error = engine.output(container, stdout=False, stderr=True)
     except EngineError as refusal:
-        if refusal.status == 400:  # without an init, the engine looks for the program itself
+        # Without an init, the engine looks for the program itself.
+        if is_of_program(refusal, request["Entrypoint"][0]):
             return None
         raise
     finally:
-        engine.remove(container)
+        with contextlib.suppress(EngineError):  # another look removes it then
+            engine.remove(container)
     if code == _NOT_FOUND:
         return None
     try:

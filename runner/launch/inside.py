@@ -7,11 +7,15 @@ or held up when the engine is slow, rotates a log, or dies. It is mounted as one
 nothing but the standard library, so it works in any image with a Python.
 
 If the command cannot be executed, that is said in the container's own log, and the exit code is 127
-(no such command) or 126, as a shell's.
+(no such command) or 126, as a shell's. If nobody reads the pipes, the supervisor has died while the
+engine was starting this: then there is nobody to end it later either, so it ends at once, with 75.
 """
 
+import errno
 import os
 import sys
+
+_START_AGAIN = 75  # EX_TEMPFAIL
 
 
 def main() -> None:
@@ -19,7 +23,14 @@ def main() -> None:
     own = os.dup(2)
     os.set_inheritable(own, False)
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
-        pipe = os.open(f"{spool}/{name}", os.O_WRONLY)
+        try:
+            pipe = os.open(f"{spool}/{name}", os.O_WRONLY | os.O_NONBLOCK)  # or it would wait
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            os.write(own, b"nobody reads what is printed here: the supervisor is gone\n")
+            os._exit(_START_AGAIN)
+        os.set_blocking(pipe, True)
         os.dup2(pipe, descriptor)
         os.close(pipe)
     try:

@@ -37,6 +37,9 @@ class ProcessLauncher:
         remove_empty(self._groups)
         return [f"process {pid}" for pid in left]
 
+    def leave(self, seconds_left: float) -> None:
+        """Nothing to do: processes can always be ended."""
+
     def trial(self, folder: Path, request: Mapping[str, Any]) -> ProcessTrial:
         return ProcessTrial(self._job, folder, request, self._run_id)
 

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from runner.errors import UsageError
 from runner.job import Job
+from runner.launch import shortlived
 from runner.launch.base import Launcher, Places
 from runner.launch.container import DockerLauncher, seat_of
 from runner.launch.container_trial import ContainerTrial
@@ -116,6 +117,7 @@ def site_for(
     engine = Engine.connect()
     assert job.image is not None, "a job without an image is refused when it is read"
     _tell_of_limits(engine, job)
+    shortlived.remove_left(engine)
     mode = user_mode(engine, job)
     image = find_image(engine, job.image, pinned, newest=newest)
     found = look_into(engine, job, image, mode, cache)

@@ -194,6 +194,7 @@ class Supervisor:
                 self._clerk.store_outputs()  # trackers write their last words into some
             self._leave_clouds(saved)
             self._monitor.close(self._seconds_left())
+            self._launcher.leave(self._seconds_left())
             self._leave(saved)
             for signum, handler in before.items():
                 signal.signal(signum, handler)

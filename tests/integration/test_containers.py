@@ -267,6 +267,12 @@ def test_what_the_machine_lacks_is_named_at_submit(node: Node, engine: Docker) -
     missing = refused(node, change(job, mounts=[*mounts, {"source": "/no/such"}]))
     assert "mounts[3].source: there is nothing at /no/such" in missing.err
 
+    folder = {"source": str(node.folder), "target": "/etc/passwd"}
+    over_a_file = refused(node, change(job, mounts=[*mounts, folder]))
+    assert "error mounting" in over_a_file.err
+    assert '"/etc/passwd"' in over_a_file.err
+    assert "has no Python" not in over_a_file.err
+
     gpus = refused(node, change(job, mounts=mounts, resources={"gpus": 1}))
     assert "resources.gpus: no NVIDIA driver is loaded on this machine" in gpus.err
 

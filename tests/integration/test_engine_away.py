@@ -26,8 +26,8 @@ STEPS = 24
 @pytest.fixture
 def proxy(node: Node, engine: Docker) -> Iterator[EngineProxy]:
     """What the node's supervisors take for the engine."""
-    with EngineProxy(node.folder / "docker.sock", engine.host) as proxy:
-        node.use(Docker(proxy.host))
+    with EngineProxy(engine, node.folder / "docker.sock") as proxy:
+        node.use(proxy.docker)
         yield proxy
         proxy.release()
         node.use(engine)
