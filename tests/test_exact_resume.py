@@ -1211,6 +1211,107 @@ def test_the_run_may_end_before_the_loop_that_seemed_to_be_the_last() -> None:
     assert played.lives[0].board.finished == 1
 
 
+# ---------------------------------------------------------------- what objects keep of their state
+
+
+class Centred(nn.Module):
+    """Subtracts a running mean, which it changes in place; how it is loaded is the subclasses'."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(FEATURES, 1)
+        self.register_buffer("mean", torch.zeros(FEATURES))
+
+    def forward(self, batch: torch.Tensor) -> Any:
+        self.mean.lerp_(batch.mean(0), 0.1)
+        return self.head(batch - self.mean)
+
+
+class WithExtraState(Centred):
+    def __init__(self) -> None:
+        super().__init__()
+        del self.mean
+        self.mean = torch.zeros(FEATURES)
+
+    def get_extra_state(self) -> Any:
+        return {"mean": self.mean}
+
+    def set_extra_state(self, state: Any) -> None:
+        self.mean = state["mean"]
+
+
+class WithAnArray(Centred):
+    """So many numbers that they are saved beside the tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.mean
+        self.sums = np.zeros(3000)
+
+    def forward(self, batch: torch.Tensor) -> Any:
+        self.sums += float(batch.sum())
+        return self.head(batch) * self.sums[0]
+
+    def get_extra_state(self) -> Any:
+        return self.sums
+
+    def set_extra_state(self, state: Any) -> None:
+        self.sums = state
+
+
+class WithAWayToLoad(Centred):
+    def _load_from_state_dict(self, state: Any, prefix: str, *rest: Any) -> None:
+        self.mean = state[prefix + "mean"]
+        super()._load_from_state_dict(state, prefix, *rest)
+
+
+class WithAHook(Centred):
+    """The hook of a parent is given what belongs to a child."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.child = nn.Module()
+        self.child.register_buffer("mean", self.mean)
+        del self.mean
+        self.register_load_state_dict_pre_hook(self.keep)
+
+    mean = property(lambda self: self.child.mean)
+
+    @staticmethod
+    def keep(module: Any, state: Any, prefix: str, *rest: Any) -> None:
+        module.child.mean = state[prefix + "child.mean"]
+
+
+class WithAWayToLoadAll(Centred):
+    def load_state_dict(self, state: Any, strict: bool = True, assign: bool = False) -> Any:
+        self.mean = state["mean"]
+        return super().load_state_dict(state, strict, assign)
+
+
+@pytest.mark.parametrize(
+    "kind", [WithExtraState, WithAnArray, WithAWayToLoad, WithAHook, WithAWayToLoadAll]
+)
+def test_no_snapshot_changes_by_what_a_module_keeps_of_its_saved_state(
+    kind: Callable[[], Centred],
+) -> None:
+    def script(life: Life) -> Any:
+        seed()
+        net = kind()
+        optimizer = torch.optim.SGD(net.head.parameters(), 0.01)
+        run = runner.attach(model=net, optimizer=optimizer)
+        for step in run.steps(9):
+            loss = net(torch.randn(BATCH, FEATURES)).pow(2).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            life.here("body")
+            optimizer.step()
+            life.fact(step, loss.item())
+        return net.head.weight.tolist()
+
+    kills = [[Strike("body", 3), Strike("body", n, KILL)] for n in range(1, 5)]
+    assert_exact(script, [[Strike("body", 3)], *kills])
+
+
 # ---------------------------------------------------------------- what is logged
 
 

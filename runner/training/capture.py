@@ -17,7 +17,6 @@ from torch import nn
 
 from runner.errors import RestoreError, UnknownName
 from runner.training.components import (
-    Component,
     GeneratorComponent,
     ModuleComponent,
     Parameters,
@@ -90,7 +89,7 @@ class TrainingState:
             part.check(saved[name], source, final=final)
         for name, part in self.components.items():
             with _naming(name):
-                part.restore(_decoder(part, source).decode(saved[name]), final=final)
+                part.restore(part.decode(saved[name], source), final=final)
         put_into(self.values, Decoder(source.own).decode(document["state"]))
         self._idle.restored(document["rng"])
         restore_rng(Decoder(source.own).decode(document["rng"]))
@@ -106,7 +105,7 @@ class TrainingState:
         for name in names:
             part = self.components[name]
             with _naming(name):
-                part.load(_decoder(part, source).decode(saved[name]))
+                part.load(part.decode(saved[name], source))
 
 
 class _Idle:
@@ -198,7 +197,3 @@ def _encode_rng() -> dict[str, Json]:
         name: Encoder(TensorSink().add).encode(value, f"rng.{name}")
         for name, value in capture_rng().items()
     }
-
-
-def _decoder(part: Component, source: TensorSource) -> Decoder:
-    return Decoder(source.view if part.views else source.own)

@@ -31,9 +31,6 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,99}")  # the name of a file as well
 class Component(Protocol):
     """One registered object."""
 
-    views: bool
-    """Whether `restore` copies out of the tensors it is given, so that views are enough."""
-
     def encode(self, encoder: Encoder) -> Json:
         """The state as JSON; its tensors go to the encoder, live and not copied."""
 
@@ -42,6 +39,9 @@ class Component(Protocol):
 
         Nothing is changed, and no tensor is copied.
         """
+
+    def decode(self, saved: Json, source: TensorSource) -> Any:
+        """The state as values, for `restore` or `load`: nothing that may be kept is a view."""
 
     def restore(self, value: Any, *, final: bool) -> None:
         """Put a state back that fits.
@@ -100,8 +100,6 @@ def component_for(name: str, target: Any, parameters: Parameters) -> Component:
 class ModuleComponent:
     """A torch module: parameters, persistent buffers, what is frozen, what is in eval mode."""
 
-    views = True
-
     def __init__(self, name: str, module: nn.Module) -> None:
         self.name, self.module = name, module
         self._canonical_names: dict[str, str] = {}
@@ -122,6 +120,15 @@ class ModuleComponent:
         for name, (_, value) in live.items():
             self._check(name, state[name], value)
 
+    def decode(self, saved: Json, source: TensorSource) -> Any:
+        own, state = Decoder(source.own), saved["state"]
+        if "$" in state:  # what a parameter may be called, and then the tree is another one
+            return own.decode(saved)
+        # A view is memory of a slot, in which later snapshots lie: who keeps it changes them.
+        view, copied = Decoder(source.view), set(self._copied())
+        values = {n: (view if n in copied else own).decode(tree) for n, tree in state.items()}
+        return {"state": values, "frozen": saved["frozen"], "eval": saved["eval"]}
+
     def restore(self, value: Any, *, final: bool) -> None:
         self.load(value)
         frozen, in_eval = set(value["frozen"]), set(value["eval"])
@@ -139,6 +146,11 @@ class ModuleComponent:
         """By the saved name: the name now, with all wrappers, and the value."""
         state = self.module.state_dict()
         return {self._canonical(key): (key, value) for key, value in state.items()}
+
+    def _copied(self) -> Iterator[str]:
+        """The parameters and buffers that torch copies a saved value into: it keeps none."""
+        if _is_of_torch(self.module.load_state_dict):
+            yield from map(self._canonical, _loaded_by_torch(self.module))
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Every parameter with its name, a tied one under each of its names."""
@@ -170,6 +182,25 @@ class ModuleComponent:
         return known
 
 
+def _loaded_by_torch(module: nn.Module, prefix: str = "") -> Iterator[str]:
+    """The names of all parameters and buffers below, without those of modules with a way of their
+    own to load them: that, or a hook before it, is given what belongs to its children as well."""
+    hooks = [getattr(h, "hook", h) for h in module._load_state_dict_pre_hooks.values()]
+    if not all(map(_is_of_torch, [module._load_from_state_dict, *hooks])):
+        return
+    for name in [*module._parameters.keys(), *module._buffers.keys()]:
+        yield prefix + name
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from _loaded_by_torch(child, f"{prefix}{name}.")
+
+
+def _is_of_torch(function: Any) -> bool:
+    """Whether it is defined in `torch.nn`: batch norms and lazy modules load in ways of their own,
+    but keep nothing. Those of `torch.ao` do."""
+    return str(getattr(function, "__module__", "")).startswith("torch.nn.")
+
+
 def _wrapped_attribute(module: nn.Module) -> str | None:
     """The attribute under which a wrapper holds the module that the user means.
 
@@ -184,8 +215,6 @@ def _wrapped_attribute(module: nn.Module) -> str | None:
 class OptimizerComponent:
     """A torch optimizer, with the names of its parameters in their order."""
 
-    views = False
-
     def __init__(self, name: str, optimizer: torch.optim.Optimizer, parameters: Parameters) -> None:
         self._name, self._optimizer, self._registered = name, optimizer, parameters
 
@@ -196,6 +225,9 @@ class OptimizerComponent:
     def check(self, saved: Json, source: TensorSource, *, final: bool) -> None:
         if final or not self._lacks_groups(saved):
             self._check_parameters(saved["parameters"], may_add=final)
+
+    def decode(self, saved: Json, source: TensorSource) -> Any:
+        return Decoder(source.own).decode(saved)
 
     def restore(self, value: Any, *, final: bool) -> None:
         if self._lacks_groups(value):
@@ -290,8 +322,6 @@ def _placed(saved: Any, live: Any) -> Any:
 class GeneratorComponent:
     """A random generator of the script's own."""
 
-    views = False
-
     def __init__(self, name: str, generator: Generator) -> None:
         self._name, self.generator = name, generator
 
@@ -300,6 +330,9 @@ class GeneratorComponent:
 
     def check(self, saved: Json, source: TensorSource, *, final: bool) -> None:
         """Whether it fits is seen when it is set."""
+
+    def decode(self, saved: Json, source: TensorSource) -> Any:
+        return Decoder(source.own).decode(saved)
 
     def restore(self, value: Any, *, final: bool) -> None:
         self.load(value)
@@ -311,8 +344,6 @@ class GeneratorComponent:
 class ObjectComponent:
     """Anything with `state_dict` and `load_state_dict`: schedulers, scalers, a user's own class."""
 
-    views = False
-
     def __init__(self, name: str, target: Any) -> None:
         self._name, self._target = name, target
 
@@ -321,6 +352,9 @@ class ObjectComponent:
 
     def check(self, saved: Json, source: TensorSource, *, final: bool) -> None:
         """Only the object itself knows what fits."""
+
+    def decode(self, saved: Json, source: TensorSource) -> Any:
+        return Decoder(source.own).decode(saved)
 
     def restore(self, value: Any, *, final: bool) -> None:
         self.load(value)
