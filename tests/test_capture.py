@@ -569,6 +569,81 @@ def test_a_lazy_module_is_made_whole_by_what_was_saved() -> None:
     assert bits(after.model.state_dict()) == bits(before.model.state_dict())
 
 
+class Window(nn.Module):
+    """Has grown by what it has seen; a new one takes the size of what it loads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.empty(0))
+
+    def _load_from_state_dict(self, state: Any, prefix: str, *rest: Any) -> None:
+        self.seen.resize_(state[prefix + "seen"].shape)
+        super()._load_from_state_dict(state, prefix, *rest)
+
+
+class Packed(nn.Module):
+    """Has its extra state as a tensor of bytes, as long as they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.content = b""
+
+    def get_extra_state(self) -> torch.Tensor:
+        return torch.tensor(list(self.content), dtype=torch.uint8)
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        self.content = bytes(state.tolist())
+
+
+class Ready(nn.Module):
+    """Its way to load may do nothing, which torch does not notice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.empty(0))
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        pass
+
+
+def test_a_module_may_take_the_shape_of_what_it_loads() -> None:
+    def make() -> Any:
+        return SimpleNamespace(model=nn.ModuleDict({"window": Window(), "packed": Packed()}))
+
+    def train(parts: Any) -> None:
+        parts.model["window"].seen = torch.rand(7)
+        parts.model["packed"].content = b"abc"
+
+    before, after, _, _ = carry_over(make, train)
+    assert bits(after.model.state_dict()) == bits(before.model.state_dict())
+    assert after.model["packed"].content == b"abc"
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_a_model_that_is_prepared_for_quantization_comes_back() -> None:
+    """Scales have the size of what was observed: one for each channel, and none before that."""
+    quantization = pytest.importorskip("torch.ao.quantization")
+
+    def make() -> Any:
+        torch.manual_seed(4)
+        net = nn.Sequential(quantization.QuantStub(), nn.Linear(3, 4), quantization.DeQuantStub())
+        net.qconfig = quantization.get_default_qat_qconfig("fbgemm")
+        return SimpleNamespace(model=quantization.prepare_qat(net.train()))
+
+    before, after, _, _ = carry_over(make, lambda parts: parts.model(torch.rand(5, 3)))
+    assert bits(after.model.state_dict()) == bits(before.model.state_dict())
+
+
+def test_what_a_module_did_not_take_is_an_error_with_its_name() -> None:
+    def train(parts: Any) -> None:
+        parts.model.seen = torch.rand(7)
+
+    with pytest.raises(
+        RestoreError, match=r"model did not take .*model\.seen was saved as .*\[7\]"
+    ):
+        carry_over(lambda: SimpleNamespace(model=Ready()), train)
+
+
 def test_names_are_those_of_the_model_inside_of_a_compiled_one() -> None:
     def make() -> Any:
         net = model()

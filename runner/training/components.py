@@ -117,8 +117,9 @@ class ModuleComponent:
         if missing or extra:
             which = f"{missing[0]!r} is not in it" if missing else f"only it has {extra[0]!r}"
             raise RestoreError(f"{self.name} does not fit the checkpoint: {which}")
-        for name, (_, value) in live.items():
-            self._check(name, state[name], value)
+        for name in self._copied():
+            if name in live:
+                self._check(name, state[name], live[name][1])
 
     def decode(self, saved: Json, source: TensorSource) -> Any:
         own, state = Decoder(source.own), saved["state"]
@@ -141,6 +142,11 @@ class ModuleComponent:
     def load(self, value: Any) -> None:
         saved = value["state"]
         self.module.load_state_dict({key: saved[name] for name, (key, _) in self._live().items()})
+        # What a module loads in its own way may take another shape by it: seen only now.
+        of_torch, live = set(self._copied()), self._live()
+        for name in live.keys() & saved.keys() - of_torch:
+            if name.rpartition(".")[2] != "_extra_state":
+                self._check(name, saved[name], live[name][1])
 
     def _live(self) -> dict[str, tuple[str, Any]]:
         """By the saved name: the name now, with all wrappers, and the value."""
