@@ -303,6 +303,40 @@ def test_moments_in_another_precision_than_their_parameters_stay_so() -> None:
     assert bits(after.optimizer.state_dict()) == bits(before.optimizer.state_dict())
 
 
+class Slowing(torch.optim.SGD):
+    """Has state that belongs to no parameter, which torch keeps under any other key."""
+
+    def step(self, closure: Any = None) -> Any:
+        shared = self.state["shared"]
+        shared["steps"] = shared.get("steps", 0) + 1
+        shared.setdefault("norm", torch.zeros((), dtype=torch.float64)).add_(1 / 3)
+        for group in self.param_groups:
+            group["lr"] = 0.1 / shared["steps"]
+        return super().step(closure)
+
+
+class Stateless(torch.optim.SGD):
+    """Sign descent needs none."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"param_groups": super().state_dict()["param_groups"]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict({"state": {}, **state})
+
+
+@pytest.mark.parametrize("kind", [Slowing, Stateless])
+def test_an_optimizer_may_have_state_of_no_parameter_or_none_at_all(
+    kind: Callable[..., torch.optim.Optimizer],
+) -> None:
+    before, after, _, _ = carry_over(
+        lambda: parts_with(partial(kind, lr=0.1, momentum=0.9 if kind is Slowing else 0)),
+        lambda parts: step(parts.model, parts.optimizer),
+    )
+    assert bits(after.optimizer.state_dict()) == bits(before.optimizer.state_dict())
+    assert_goes_on_alike(before, after, lambda parts: step(parts.model, parts.optimizer))
+
+
 def test_the_moments_that_attach_restored_are_put_in_place_for_good_where_they_are() -> None:
     """New memory would cost more than the copy, and be a second copy of them for a while."""
 

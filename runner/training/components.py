@@ -245,7 +245,7 @@ class OptimizerComponent:
     def load(self, value: Any) -> None:
         saved = {key: content for key, content in value.items() if key != "parameters"}
         self._optimizer.load_state_dict(saved)
-        self._put_back_as_saved(saved["state"])
+        self._put_back_as_saved(saved.get("state", {}))
 
     def _lacks_groups(self, saved: Mapping[str, Any]) -> bool:
         return len(self._optimizer.param_groups) < len(saved["parameters"])
@@ -296,7 +296,7 @@ class OptimizerComponent:
             params = [registered[name] for name in names]
             self._optimizer.add_param_group({"params": params, **options})
 
-    def _put_back_as_saved(self, saved: Mapping[int, Any]) -> None:
+    def _put_back_as_saved(self, saved: Mapping[Any, Any]) -> None:
         """`Optimizer.load_state_dict` casts state to the parameter's dtype, and takes a string for
         a collection: undo it.
 
@@ -304,7 +304,8 @@ class OptimizerComponent:
         """
         parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
         for index, entries in saved.items():
-            live = self._optimizer.state[parameters[index]]
+            of_parameter = type(index) is int and 0 <= index < len(parameters)
+            live = self._optimizer.state.get(parameters[index] if of_parameter else index, {})
             for key, value in entries.items() if isinstance(entries, dict) else ():
                 if key in live:
                     live[key] = _placed(value, live[key])
