@@ -12,7 +12,7 @@ import multiprocessing
 import random
 import subprocess
 import sys
-from collections import deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -949,6 +949,71 @@ def test_a_step_that_the_scaler_skips_is_a_boundary() -> None:
     played = play(script)
     assert (played.lives[0].trace, played.result) == ([0, 1, 2], 2.0)
     assert_exact_wherever(script)
+
+
+class Lookahead(torch.optim.Optimizer):
+    """A wrapper that leaves `Optimizer.__init__` out, as a library's does: no hook is called."""
+
+    def __init__(self, base: torch.optim.Optimizer) -> None:
+        self._optimizer_step_pre_hooks: Any = OrderedDict()
+        self._optimizer_step_post_hooks: Any = OrderedDict()
+        self.base, self.param_groups = base, base.param_groups
+        self.defaults, self.state = base.defaults, defaultdict(dict)
+
+    def step(self, closure: Any = None) -> Any:
+        return self.base.step(closure)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.base.zero_grad(set_to_none)
+
+    def state_dict(self) -> Any:
+        return self.base.state_dict()
+
+    def load_state_dict(self, state: Any) -> None:
+        self.base.load_state_dict(state)
+        self.param_groups = self.base.param_groups
+
+
+@pytest.mark.parametrize("is_scheduled_before", [True, False])
+def test_an_optimizer_that_calls_no_hooks_has_boundaries_all_the_same(
+    is_scheduled_before: bool,
+) -> None:
+    def script(life: Life) -> Any:
+        kit = Kit(life)
+        kit.optimizer = Lookahead(kit.optimizer)  # type: ignore[assignment]
+        if is_scheduled_before:  # which puts a `step` of its own into the optimizer
+            scheduler = StepLR(kit.optimizer, 2, 0.5)
+            run = kit.attach(scheduler=scheduler)
+        else:
+            run = kit.attach()
+            scheduler = StepLR(kit.optimizer, 2, 0.5)
+        for epoch in run.epochs(EPOCHS):
+            for i, batch in enumerate(run.batches(kit.loader)):
+                kit.train(batch, (epoch, i))
+                if is_scheduled_before:
+                    scheduler.step()
+            life.fact(("steps", epoch), run.step)
+        return run.step
+
+    assert play(script).result == EPOCHS * BATCHES
+    assert_exact_wherever(script)
+
+
+def test_an_optimizer_whose_steps_cannot_be_seen_is_refused_by_name() -> None:
+    class Around(torch.optim.Optimizer):
+        """As a wrapper that is an optimizer by name only."""
+
+        def __init__(self, inner: torch.optim.Optimizer) -> None:
+            self.inner = inner
+
+        param_groups = property(lambda self: self.inner.param_groups)  # type: ignore[assignment]
+
+    def script(life: Life) -> None:
+        kit = Kit(life)
+        runner.attach(model=kit.model, wrapped=Around(kit.optimizer))
+
+    with pytest.raises(TypeError, match=r"attach\(wrapped=…\).*attach the optimizer inside it"):
+        play(script)
 
 
 def test_a_preemption_leaves_with_75_and_an_interrupt_as_well() -> None:

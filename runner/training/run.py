@@ -202,7 +202,7 @@ def attach(*, state: dict[Any, Any] | None = None, **stateful: Any) -> Run:
     training_state = TrainingState(stateful, values)
     spool = os.environ.get(SPOOL_VARIABLE)
     settle_kernels()
-    watch = OptimizerWatch(stateful.values())
+    watch = OptimizerWatch(stateful)
     if spool:
         session = Session(Path(spool), supervised=True, optimizers=watch.optimizers)
     else:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import types
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,17 +14,20 @@ _Gradient = tuple[weakref.ref[torch.Tensor], int]  # with the version that it ha
 
 
 class OptimizerWatch:
-    """Watches the registered optimizers through their public hooks."""
+    """Watches the registered optimizers through their public hooks.
 
-    def __init__(self, stateful: Iterable[Any]) -> None:
-        targets = list(stateful)
-        self.optimizers = [t for t in targets if isinstance(t, torch.optim.Optimizer)]
+    TypeError names the component if it is an optimizer that has none.
+    """
+
+    def __init__(self, stateful: Mapping[str, Any]) -> None:
+        self.optimizers: list[torch.optim.Optimizer] = []
         self._stepped = False
         self._used: dict[torch.nn.Parameter, _Gradient] = {}
-        for optimizer in self.optimizers:
-            optimizer.register_step_post_hook(self._on_step)
-        for target in targets:
-            if isinstance(target, torch.amp.GradScaler):
+        for name, target in stateful.items():
+            if isinstance(target, torch.optim.Optimizer):
+                self.optimizers.append(target)
+                self._watch_optimizer(name, target)
+            elif isinstance(target, torch.amp.GradScaler):
                 self._watch_scaler(target)
 
     def midway(self) -> bool:
@@ -73,6 +77,33 @@ class OptimizerWatch:
 
     def _on_step(self, *_: Any) -> None:
         self._stepped = True
+
+    def _watch_optimizer(self, name: str, optimizer: torch.optim.Optimizer) -> None:
+        try:
+            optimizer.register_step_post_hook(self._on_step)
+        except AttributeError as error:  # a wrapper that is an optimizer by name only
+            raise TypeError(
+                f"attach({name}=…) got a {type(optimizer).__qualname__} that has no step hooks, so "
+                "its steps cannot be seen; attach the optimizer inside it"
+            ) from error
+        if not getattr(type(optimizer).step, "hooked", False):
+            self._watch_step(optimizer)
+
+    def _watch_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """`Optimizer.__init__` has `step` call the hooks; a wrapper may leave it out.
+
+        Not the class is changed, as torch does it: a scheduler may have got hold of its `step`.
+        """
+        step = optimizer.step
+
+        @functools.wraps(step)
+        def watched(_: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+            result = step(*args, **kwargs)
+            self._stepped = True
+            return result
+
+        # A method, because schedulers ask for its `__func__`.
+        optimizer.step = types.MethodType(watched, optimizer)  # type: ignore[method-assign]
 
     def _watch_scaler(self, scaler: torch.amp.GradScaler) -> None:
         """A step that the scaler skips, because gradients overflowed, is a step all the same."""
