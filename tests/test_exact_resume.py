@@ -1424,6 +1424,54 @@ def test_a_logged_tensor_counts_as_it_was_when_it_was_logged() -> None:
     assert play(script, snapshot_steps=100).result == 2.5
 
 
+class OnDevice:
+    """A value that a GPU has: to read it is to wait for the GPU."""
+
+    device = torch.device("cuda")
+
+    def __init__(self, reads: list[str], name: str) -> None:
+        self.reads, self.name = reads, name
+
+    def detach(self) -> OnDevice:
+        return self
+
+    def clone(self) -> OnDevice:
+        return self
+
+    def numel(self) -> int:
+        return 1
+
+    def __float__(self) -> float:
+        self.reads.append(self.name)
+        return 1.0
+
+
+def test_no_boundary_waits_for_a_value_on_a_device_that_it_does_not_need() -> None:
+    def reads(steps: int, **options: Any) -> tuple[int, int]:
+        names: list[str] = []
+
+        def script(life: Life) -> None:
+            kit = Kit(life)
+            run = kit.attach()
+            for step in run.steps(steps):
+                if step == 1:
+                    names.clear()  # the first boundary has its snapshot
+                kit.train(torch.ones(BATCH, FEATURES), step)
+                run.log(loss=OnDevice(names, "loss"))
+                if step % 5 == 4:
+                    run.log(val=OnDevice(names, "val"))
+                if step == steps - 1:
+                    counted.append((names.count("loss"), names.count("val")))
+
+        counted: list[tuple[int, int]] = []
+        play(script, snapshot_steps=1000, **options)
+        return counted[0]
+
+    assert reads(10) == reads(20) == (0, 0)
+    best = BestMetric("val", count=1)
+    assert reads(20, best=best)[1] == reads(10, best=best)[1] + 2
+
+
 def test_the_history_that_a_script_holds_goes_on_after_a_resume() -> None:
     def script(life: Life) -> Any:
         kit = Kit(life)

@@ -403,7 +403,7 @@ class Course:
             self._held = True
             self.session.hold()
         asked = self.session.asked()
-        triggers = self._occasions.triggers(boundary, self.metrics.fresh(), board.interval_ms)
+        triggers = self._occasions.triggers(boundary, self.metrics.fresh_value, board.interval_ms)
         if asked is not None:
             triggers.add(asked.why.trigger)
         weights = self.state.modules if self._occasions.weights_are_due(boundary) else []

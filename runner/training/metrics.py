@@ -7,6 +7,7 @@ whether it is finite.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -81,6 +82,13 @@ class Metrics:
     def fresh(self) -> dict[str, float]:
         """The values logged for the state as it is now."""
         return {} if self._stale else {name: float(v) for name, v in self._fresh.items()}
+
+    def fresh_value(self, name: str) -> float:
+        """The value logged under this name for the state as it is now, NaN if there is none.
+
+        Waits for the device that has it, and for no other value.
+        """
+        return math.nan if self._stale else float(self._fresh.get(name, math.nan))
 
     def end_epoch(self, epoch: int, step: int, learning_rate: float | None) -> None:
         """Close the epoch's record."""

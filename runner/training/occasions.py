@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from runner.plan import Plan
@@ -36,10 +36,11 @@ class Occasions:
         self._is_asked = True
 
     def triggers(
-        self, boundary: Boundary, fresh: Mapping[str, float], interval_ms: int
+        self, boundary: Boundary, fresh: Callable[[str], float], interval_ms: int
     ) -> set[str]:
-        """Why to save all. `fresh` metrics were logged for just this state; `interval_ms` is the
-        time between two saves that the supervisor has chosen, for a job that leaves it that."""
+        """Why to save all. `fresh` gives a metric that was logged for just this state, or NaN;
+        `interval_ms` is the time between two saves that the supervisor has chosen, for a job that
+        leaves it that."""
         triggers = set()
         if self._is_due(self._saves, boundary, interval_ms if self._plan.every_auto else 0):
             triggers.add("interval")
@@ -72,10 +73,12 @@ class Occasions:
             milliseconds=milliseconds,
         )
 
-    def _is_best(self, fresh: Mapping[str, float]) -> bool:
+    def _is_best(self, fresh: Callable[[str], float]) -> bool:
         best = self._plan.best
-        value = math.nan if best is None else fresh.get(best.metric, math.nan)
-        if best is None or not math.isfinite(value):
+        if best is None:
+            return False
+        value = fresh(best.metric)  # which may wait for a device
+        if not math.isfinite(value):
             return False
         if len(self.best) >= best.count and not best.better(value, self.best[-1]):
             return False
