@@ -1377,6 +1377,25 @@ def test_no_snapshot_changes_by_what_a_module_keeps_of_its_saved_state(
     assert_exact(script, [[Strike("body", 3)], *kills])
 
 
+def test_a_generator_has_no_child_twice() -> None:
+    def script(life: Life) -> Any:
+        kit = Kit(life)
+        generator = np.random.default_rng(5)
+        generator.spawn(1)
+        run = kit.attach(generator=generator, state={"drawn": []})
+        for epoch in run.epochs(EPOCHS):
+            # Gone through again in the middle of an epoch, and put back.
+            run.state["drawn"].append(float(generator.spawn(1)[0].random()))
+            for i, batch in enumerate(run.batches(kit.loader)):
+                kit.train(batch, (epoch, i))
+                run.state["drawn"].append(float(generator.spawn(1)[0].random()))
+        return run.state["drawn"]
+
+    assert len(set(play(script).result)) == EPOCHS * (1 + BATCHES)
+    assert_exact_wherever(script)
+    assert_exact_wherever(script, KILL)
+
+
 # ---------------------------------------------------------------- what is logged
 
 

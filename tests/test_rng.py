@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -181,6 +182,71 @@ def test_a_generator_continues_where_its_state_was_taken(make: Any) -> None:
 
     assert [draw_from(other) for _ in range(3)] == following
     assert not same_state(generator_state(other), state)
+
+
+SPAWNING: dict[str, Callable[[], np.random.Generator]] = {
+    "a number": lambda: np.random.default_rng(3),
+    "several numbers": lambda: np.random.default_rng([3, 1 << 40]),
+    "an array": lambda: np.random.default_rng(np.arange(3)),
+    "a child of another": lambda: np.random.default_rng(3).spawn(2)[1],
+    "no seed": np.random.default_rng,
+    "Philox": lambda: np.random.Generator(np.random.Philox(3)),
+}
+
+
+@pytest.mark.parametrize("make", SPAWNING.values(), ids=SPAWNING)
+def test_children_of_a_generator_are_not_made_twice(
+    make: Callable[[], np.random.Generator],
+) -> None:
+    generator, behind, ahead = make(), make(), make()
+    generator.spawn(2)
+    state = generator_state(generator)
+    ahead.spawn(5)
+    following = [child.random() for child in generator.spawn(3)]
+    assert is_plain(state)
+    for other in (behind, ahead, generator):
+        set_generator_state(other, state)
+
+        assert same_state(generator_state(other), state)
+        children = other.spawn(3)
+        assert [child.random() for child in children] == following
+        assert len({*following, children[0].spawn(1)[0].random()}) == 4
+
+
+def test_generators_with_one_seed_sequence_still_share_it() -> None:
+    def make() -> tuple[np.random.Generator, np.random.Generator]:
+        sequence = np.random.SeedSequence(3)
+        return np.random.default_rng(sequence), np.random.default_rng(sequence)
+
+    one, other = make()
+    one.spawn(2)
+    states = [generator_state(one), generator_state(other)]
+    following = [g.spawn(1)[0].random() for g in (one, other)]
+
+    one, other = make()
+    for generator, state in zip((one, other), states, strict=True):
+        set_generator_state(generator, state)
+
+    assert [g.spawn(1)[0].random() for g in (one, other)] == following
+
+
+def test_a_state_without_a_seed_sequence_leaves_the_children_as_they_are() -> None:
+    """States of earlier versions are numpy's own alone."""
+    generator, untouched = np.random.default_rng(3), np.random.default_rng(3)
+    generator.spawn(2), untouched.spawn(2)
+    set_generator_state(generator, np.random.default_rng(4).bit_generator.state)
+    assert generator.random() == np.random.default_rng(4).random()
+    assert generator.spawn(1)[0].random() == untouched.spawn(1)[0].random()
+
+
+def test_a_generator_whose_seeds_numpy_does_not_count_is_saved_without_them() -> None:
+    class OfTheirOwn(np.random.SeedSequence):
+        pass
+
+    seeds: list[Any] = [OfTheirOwn(3), np.random.SeedSequence(["0x3"])]
+    for seed in seeds:
+        generator = np.random.default_rng(seed)
+        assert generator_state(generator) == generator.bit_generator.state
 
 
 @pytest.mark.parametrize(

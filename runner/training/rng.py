@@ -12,7 +12,7 @@ import hashlib
 import logging
 import random
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -26,6 +26,8 @@ Generator: TypeAlias = torch.Generator | random.Random | np.random.Generator | n
 GENERATOR_TYPES = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
 
 SEED_BYTES = 32
+_SEEDS = "seed_seq"  # beside what a numpy bit generator's state has
+_SPAWNED = "n_children_spawned"
 
 
 class Streams(NamedTuple):
@@ -125,7 +127,8 @@ def generator_state(generator: Generator) -> Any:
     if isinstance(generator, torch.Generator):
         return _to_bytes(generator.get_state())
     if isinstance(generator, np.random.Generator):
-        return generator.bit_generator.state
+        seeds = _seeds_of(generator.bit_generator)
+        return dict(generator.bit_generator.state) | ({} if seeds is None else {_SEEDS: seeds})
     if isinstance(generator, np.random.RandomState):
         return generator.get_state(legacy=False)
     return generator.getstate()
@@ -140,7 +143,11 @@ def set_generator_state(generator: Generator, state: Any) -> None:
         if isinstance(generator, torch.Generator):
             generator.set_state(_to_tensor(state))
         elif isinstance(generator, np.random.Generator):
+            state = dict(state)
+            seeds = state.pop(_SEEDS, None)  # states of earlier versions have none
             generator.bit_generator.state = state
+            if seeds is not None:
+                _set_seeds(generator.bit_generator, seeds)
         elif isinstance(generator, np.random.RandomState):
             generator.set_state(state)
         else:
@@ -150,6 +157,40 @@ def set_generator_state(generator: Generator, state: Any) -> None:
             f"the saved state does not fit a {type(generator).__module__}."
             f"{type(generator).__name__}: {error}; give the loader the kind of generator it had"
         ) from error
+
+
+def _seeds_of(generator: np.random.BitGenerator) -> dict[str, Any] | None:
+    """What `spawn` makes children of, as plain values; None if that is no plain SeedSequence."""
+    sequence = generator.seed_seq
+    if type(sequence) is not np.random.SeedSequence:
+        return None
+    entropy: Any = sequence.entropy
+    several = isinstance(entropy, Iterable)
+    words = list(entropy) if several else [entropy]
+    if not all(isinstance(word, int | np.integer) for word in words):
+        return None
+    return {
+        "entropy": list(map(int, words)) if several else int(words[0]),
+        "spawn_key": tuple(map(int, sequence.spawn_key)),
+        "pool_size": sequence.pool_size,
+        _SPAWNED: sequence.n_children_spawned,
+    }
+
+
+def _set_seeds(generator: Any, saved: Mapping[str, Any]) -> None:
+    """Have `spawn` go on where it was: in the live sequence, as others may share it, if it is only
+    behind. numpy 1 knows no other way, and leaves one that is not as it is."""
+    live = _seeds_of(generator)
+    if live == saved:
+        return
+    if live is not None and live | {_SPAWNED: saved[_SPAWNED]} == saved:
+        behind = saved[_SPAWNED] - live[_SPAWNED]
+        if behind > 0:
+            generator.seed_seq.spawn(behind)
+            return
+    # What a pickle of the generator does; that of numpy 1 has no sequence in it.
+    if isinstance(generator.__reduce__()[-1], tuple):
+        generator.__setstate__((generator.state, np.random.SeedSequence(**saved)))
 
 
 def same_state(a: Any, b: Any) -> bool:
