@@ -11,6 +11,7 @@ import pytest
 from counting import counted_requests
 from kills import Killed, killed_at
 from servers.faultproxy import Fault, FaultProxy
+from servers.fixtures import S3Server
 from slots import RUN, snapshot, views
 
 from runner.checkpoint.archive import Archive
@@ -115,6 +116,37 @@ def test_a_file_that_has_not_changed_is_copied_on_the_server(
     key = f"{RUN}/checkpoints/{second.name}/frozen.safetensors"
     assert store.stored(key).digest == second.files[0].digest
     Archive(store, RUN).verify(second)
+
+
+SOURCES = {
+    "gone": lambda server, key, size: server.client.delete_object(Bucket=server.bucket, Key=key),
+    "altered": lambda server, key, size: server.client.put_object(
+        Bucket=server.bucket,
+        Key=key,
+        Body=secrets.token_bytes(size),
+        ChecksumAlgorithm="SHA256",
+    ),
+}
+
+
+@pytest.mark.parametrize("megabytes", [2, 33])
+@pytest.mark.parametrize("spoil", SOURCES.values(), ids=SOURCES)
+def test_a_file_that_cannot_be_copied_any_more_is_written(
+    store: Store,
+    s3: S3Server,
+    prefix: str,
+    spoil: Callable[[S3Server, str, int], object],
+    megabytes: int,
+) -> None:
+    saver = persister(store)
+    frozen = secrets.token_bytes(megabytes * MIB)
+    first = save(saver, 1, {"frozen.safetensors": frozen, "state.json": b"{}"})
+    spoil(s3, f"{prefix}/{RUN}/checkpoints/{first.name}/frozen.safetensors", len(frozen))
+
+    second = save(saver, 2, {"frozen.safetensors": frozen, "state.json": b"{}"})
+
+    Archive(store, RUN).verify(second)
+    assert s3.uploads(f"{prefix}/") == []
 
 
 @pytest.mark.parametrize(("times", "sound"), [(1, True), (99, False)])

@@ -310,6 +310,20 @@ def test_a_copy_of_what_is_gone_is_not_found(store: Store) -> None:
         staging.copy("file", "run/none", PART_BYTES, [sha256(b"x").digest()])
 
 
+@pytest.mark.parametrize("parts", [[b"x"], [large(1), b"end"]], ids=["small", "large"])
+def test_what_is_gone_and_cannot_be_copied_can_be_written(store: Store, parts: list[bytes]) -> None:
+    staging = store.stage(PREFIX, OWNER)
+    digests = [sha256(part).digest() for part in parts]
+
+    with pytest.raises(NotFound):
+        staging.copy("file", "run/none", PART_BYTES, digests)
+    written = staging.write([content("file", *parts)])
+    staging.commit("manifest.json", b"{}")
+
+    assert written == [tuple(digests)]
+    assert read_back(store, f"{PREFIX}/file", len(b"".join(parts))) == b"".join(parts)
+
+
 def test_sweeping_leaves_what_is_alive(store: Store) -> None:
     names = [f"step-{number}" for number in range(3)]
     live = [store.stage(f"run/checkpoints/{name}", OWNER) for name in names]

@@ -132,6 +132,23 @@ def test_a_copied_file_keeps_its_composite_checksum(open_s3: Open) -> None:
     assert copied.digest == sha256(b"".join(digests)).hexdigest()
 
 
+def test_a_copy_whose_source_goes_half_way_leaves_no_upload_and_can_be_written(
+    open_s3: Open, s3: S3Server, proxy: FaultProxy, prefix: str
+) -> None:
+    digests = save(open_s3())
+    staging = open_s3(endpoint=proxy.url).stage("run/checkpoints/next", OWNER)
+    proxy.add("PUT .*partNumber=2", Fault("status", 404, "NoSuchKey"), times=99)
+
+    with pytest.raises(NotFound):
+        staging.copy("model", f"{CHECKPOINT}/model", PART_BYTES, digests)
+
+    wait_until(lambda: not s3.uploads(f"{prefix}/"), what="the upload to be ended")
+    proxy.clear()
+    assert staging.write([in_parts("model", LARGE)]) == [digests]
+    staging.commit("manifest.json", b"{}")
+    assert open_s3().stored("run/checkpoints/next/model").size == len(LARGE)
+
+
 # ---------------------------------------------------------------- conditional writes
 
 

@@ -25,7 +25,14 @@ from runner.checkpoint.retention import (
     superfluous,
 )
 from runner.checkpoint.validation import Verdict, read_validation
-from runner.errors import Abandoned, CheckpointCorrupt, NotFound, StoreError
+from runner.errors import (
+    Abandoned,
+    CheckpointCorrupt,
+    NotFound,
+    StoreDenied,
+    StoreError,
+    StoreUnfit,
+)
 from runner.store import Content, Part, Staging, Store
 
 log = logging.getLogger(__name__)
@@ -331,11 +338,20 @@ class _PlainFile:
 
 
 def _is_copied(staging: Staging, twin: _Twin) -> bool:
-    """Copy a file in the store; False if it has to be written after all."""
+    """Copy a file in the store; False if it has to be written after all.
+
+    Whatever may have become of the stored one, the bytes to write are here. Only what a write would
+    be refused for, too, is raised.
+    """
     entry = twin.entry
     try:
         staging.copy(entry.name, twin.key, entry.part_bytes, [*map(bytes.fromhex, entry.parts)])
-    except NotFound:  # somebody has deleted it
+    except (StoreDenied, StoreUnfit):
+        raise
+    except StoreError as error:
+        log.warning(
+            "%s cannot be copied from an earlier save, it is written: %s", entry.name, error
+        )
         return False
     return True
 

@@ -59,10 +59,20 @@ class Try:
 
 
 class Errand:
-    """Several requests that stand or fall together: cancelling it ends them all at once."""
+    """Several requests that stand or fall together: cancelling it ends them all at once.
 
-    def __init__(self) -> None:
-        self.cancelled = False
+    One that is a part of another ends with that, but not the other way round.
+    """
+
+    def __init__(self, whole: Errand | None = None) -> None:
+        self._whole, self._cancelled = whole, False
+
+    @property
+    def cancelled(self) -> bool:
+        return self._cancelled or (self._whole is not None and self._whole.cancelled)
+
+    def cancel(self) -> None:
+        self._cancelled = True
 
 
 @dataclass
@@ -103,7 +113,7 @@ class Calls:
     def cancel(self, errand: Errand) -> None:
         """End the requests of an errand, with StoreError where one is being waited for."""
         with self._changed:
-            errand.cancelled = True
+            errand.cancel()
             self._changed.notify_all()
 
     def ask(

@@ -8,6 +8,7 @@ The files lie under their final keys from the beginning. Without a manifest they
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -33,18 +34,28 @@ class StagedObjects:
     ) -> None:
         self._bucket, self._lanes, self._prefix, self._ended = bucket, lanes, prefix, ended
         self._errand = Errand()
-        self._files: dict[str, _File] = {}
+        self._files: list[_File] = []
         self._in_doubt = False
 
     def write(self, contents: Sequence[Content]) -> list[tuple[bytes, ...]]:
         """Several files and parts at once, each part taken when there is a lane for it."""
-        files = [self._file(content.name) for content in contents]
-        self._run(_uploading(files, contents))
+        files = [self._file(content.name, self._errand) for content in contents]
+        self._run(_uploading(files, contents), self._errand)
         return [file.digests() for file in files]
 
     def copy(self, name: str, key: str, part_bytes: int, digests: Sequence[bytes]) -> None:
-        """A copy on the server, of the same parts, so that it has the same checksum."""
-        self._run(self._file(name).copying(key, part_bytes, digests))
+        """A copy on the server, of the same parts, so that it has the same checksum.
+
+        It fails alone: the file may be written instead.
+        """
+        errand = Errand(self._errand)
+        file = self._file(name, errand)
+        try:
+            self._run(file.copying(key, part_bytes, digests), errand)
+        except BaseException:
+            with contextlib.suppress(StoreError):  # `clean` tries it once more
+                file.end_upload()
+            raise
 
     def commit(self, name: str, manifest: bytes) -> None:
         """One conditional write. One that is there with these bytes is our own, of another try."""
@@ -74,22 +85,24 @@ class StagedObjects:
         """`abort`, and StoreError if something is left."""
         self._bucket.calls.cancel(self._errand)
         if not self._in_doubt:
-            for file in self._files.values():
-                file.remove()
+            for file in self._files:
+                file.end_upload()
+            for full_key in {file.full_key for file in self._files}:
+                self._bucket.delete_one(full_key, SHORT_PATIENCE_SECONDS)
         self._ended()
 
     def give_up(self) -> None:
         """End what is under way; what was there before stays."""
         self._bucket.calls.cancel(self._errand)
-        for file in self._files.values():
+        for file in self._files:
             file.end_upload()
 
-    def _run(self, jobs: Iterator[Job]) -> None:
-        self._lanes.run(jobs, lambda: self._bucket.calls.cancel(self._errand))
+    def _run(self, jobs: Iterator[Job], errand: Errand) -> None:
+        self._lanes.run(jobs, lambda: self._bucket.calls.cancel(errand))
 
-    def _file(self, name: str) -> _File:
-        file = _File(self._bucket, self._key(name), self._errand)
-        self._files[name] = file
+    def _file(self, name: str, errand: Errand) -> _File:
+        file = _File(self._bucket, self._key(name), errand)
+        self._files.append(file)
         return file
 
     def _key(self, name: str) -> str:
@@ -121,7 +134,7 @@ class _File:
 
     def __init__(self, bucket: Bucket, key: str, errand: Errand) -> None:
         self._bucket, self._key, self._errand = bucket, key, errand
-        self._full = bucket.full(key)
+        self.full_key = bucket.full(key)
         self._lock = threading.Lock()
         self._upload: str | None = None
         self._begun: list[str] = []  # also by tries that came too late: nobody has sent parts there
@@ -179,7 +192,7 @@ class _File:
             def send(client: Any, one: Try) -> dict[str, Any]:
                 answer: dict[str, Any] = client.upload_part_copy(
                     Bucket=self._bucket.name,
-                    Key=self._full,
+                    Key=self.full_key,
                     UploadId=upload,
                     PartNumber=number,
                     CopySource=source,
@@ -187,7 +200,7 @@ class _File:
                 )["CopyPartResult"]
                 return answer
 
-            copied = self._bucket.ask("UploadPartCopy", self._full, send, errand=self._errand)
+            copied = self._bucket.ask("UploadPartCopy", self.full_key, send, errand=self._errand)
             self._bucket.compare(self._key, copied.get("ChecksumSHA256"), base64_of(digest))
             self._finish(number, digest, copied)
             return 0
@@ -198,13 +211,13 @@ class _File:
         def send(client: Any, one: Try) -> None:
             client.copy_object(
                 Bucket=self._bucket.name,
-                Key=self._full,
+                Key=self.full_key,
                 CopySource=source,
                 ChecksumAlgorithm="SHA256",
                 **self._bucket.stored_as(),
             )
 
-        self._bucket.ask("CopyObject", self._full, send, errand=self._errand)
+        self._bucket.ask("CopyObject", self.full_key, send, errand=self._errand)
         self._digests[1] = digest
         self._check(digest.hex())
         return 0
@@ -217,20 +230,20 @@ class _File:
         def send(client: Any, one: Try) -> str:
             answer = client.create_multipart_upload(
                 Bucket=self._bucket.name,
-                Key=self._full,
+                Key=self.full_key,
                 ChecksumAlgorithm="SHA256",
                 **self._bucket.stored_as(),
             )
             upload = str(answer["UploadId"])
             self._begun.append(upload)  # before it is asked whether `end_upload` was there already
             if one.unwanted:
-                self._bucket.abort_upload(self._full, upload)
+                self._bucket.abort_upload(self.full_key, upload)
             return upload
 
         with self._lock:
             if self._upload is None:
                 self._upload = self._bucket.ask(
-                    "CreateMultipartUpload", self._full, send, errand=self._errand
+                    "CreateMultipartUpload", self.full_key, send, errand=self._errand
                 )
             return self._upload
 
@@ -242,7 +255,7 @@ class _File:
             one.when_unwanted(body.close)
             answer: dict[str, Any] = client.upload_part(
                 Bucket=self._bucket.name,
-                Key=self._full,
+                Key=self.full_key,
                 UploadId=upload,
                 PartNumber=number,
                 Body=body,
@@ -253,7 +266,7 @@ class _File:
             return answer
 
         return self._bucket.ask(
-            "UploadPart", self._full, send, nbytes=len(memory), errand=self._errand
+            "UploadPart", self.full_key, send, nbytes=len(memory), errand=self._errand
         )
 
     def _finish(self, number: int, digest: bytes, answer: dict[str, Any]) -> None:
@@ -279,7 +292,7 @@ class _File:
                 return ours
             answer = client.complete_multipart_upload(
                 Bucket=self._bucket.name,
-                Key=self._full,
+                Key=self.full_key,
                 UploadId=self._upload,
                 MultipartUpload={"Parts": [self._done[n] for n in sorted(self._done)]},
             )
@@ -288,7 +301,7 @@ class _File:
 
         try:
             theirs = self._bucket.ask(
-                "CompleteMultipartUpload", self._full, send, errand=self._errand
+                "CompleteMultipartUpload", self.full_key, send, errand=self._errand
             )
         except UploadGone:
             if not self._is_stored(digest_from(ours)):
@@ -314,17 +327,7 @@ class _File:
         elif theirs != digest:
             raise StoreError(f"{self._bucket.where(self._key)} has other bytes than it should")
 
-    def remove(self) -> None:
-        """End the upload if it is not complete, and delete the object if there may be one."""
-        self.end_upload()
-        self._bucket.ask(
-            "DeleteObject",
-            self._full,
-            lambda client, one: client.delete_object(Bucket=self._bucket.name, Key=self._full),
-            patience_seconds=SHORT_PATIENCE_SECONDS,
-        )
-
     def end_upload(self) -> None:
         if not self._completed:
             for upload in list(self._begun):
-                self._bucket.abort_upload(self._full, upload)
+                self._bucket.abort_upload(self.full_key, upload)
