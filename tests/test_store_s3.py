@@ -22,6 +22,7 @@ from waiting import wait_until
 from runner.errors import NotFound, StoreDenied, StoreError, StoreUnfit, UsageError
 from runner.store import Content, Part, S3Options
 from runner.store.s3 import S3Store
+from runner.store.s3_lanes import Job, Lanes
 
 pytestmark = pytest.mark.ceph
 
@@ -318,6 +319,24 @@ def test_an_upload_that_begins_when_its_save_was_aborted_is_ended(
         what="the upload to be aborted",
     )
     wait_until(lambda: not s3.uploads(f"{prefix}/"), what="it to be gone")
+
+
+def test_a_file_whose_parts_were_not_all_sent_is_none(
+    open_s3: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever runs the jobs: a manifest must never name such a file."""
+
+    def all_but_one(lanes: Lanes, jobs: Iterator[Job], call_off: Callable[[], None]) -> None:
+        for job in list(jobs)[:-1]:
+            job()
+
+    monkeypatch.setattr(Lanes, "run", all_but_one)
+    staging = open_s3().stage(CHECKPOINT, OWNER)
+
+    for data in (b"x", LARGE):
+        with pytest.raises(StoreError, match="not stored as a whole"):
+            staging.write([in_parts("model", data)])
+    staging.abort()
 
 
 def test_more_than_a_page_is_listed_and_deleted(

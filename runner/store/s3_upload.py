@@ -41,7 +41,7 @@ class StagedObjects:
         """Several files and parts at once, each part taken when there is a lane for it."""
         files = [self._file(content.name, self._errand) for content in contents]
         self._run(_uploading(files, contents), self._errand)
-        return [file.digests() for file in files]
+        return [file.digests() for file in files]  # which asks whether all of it is there
 
     def copy(self, name: str, key: str, part_bytes: int, digests: Sequence[bytes]) -> None:
         """A copy on the server, of the same parts, so that it has the same checksum.
@@ -52,6 +52,7 @@ class StagedObjects:
         file = self._file(name, errand)
         try:
             self._run(file.copying(key, part_bytes, digests), errand)
+            file.digests()
         except BaseException:
             with contextlib.suppress(StoreError):  # `clean` tries it once more
                 file.end_upload()
@@ -144,6 +145,12 @@ class _File:
         self.number_of_parts: int | None = None
 
     def digests(self) -> tuple[bytes, ...]:
+        """Of all parts, in their order. StoreError if the file is not there as a whole."""
+        if not self._completed:
+            raise StoreError(f"{self._bucket.where(self._key)} was not stored as a whole")
+        return self._digests_so_far()
+
+    def _digests_so_far(self) -> tuple[bytes, ...]:
         return tuple(self._digests[number] for number in sorted(self._digests))
 
     # ------------------------------------------------------------------ jobs
@@ -155,6 +162,7 @@ class _File:
             digest = part.digest or sha256(part.memory).digest()
             self._bucket.put(self._key, part.memory, digest, self._errand)
             self._digests[1] = digest
+            self._completed = True
             return len(part.memory)
 
         return job
@@ -220,6 +228,7 @@ class _File:
         self._bucket.ask("CopyObject", self.full_key, send, errand=self._errand)
         self._digests[1] = digest
         self._check(digest.hex())
+        self._completed = True
         return 0
 
     # ------------------------------------------------------------------ requests
@@ -281,7 +290,7 @@ class _File:
         self._complete()
 
     def _complete(self) -> None:
-        ours = composite_of(self.digests())
+        ours = composite_of(self._digests_so_far())
         tries = 0
 
         def send(client: Any, one: Try) -> str | None:
