@@ -124,6 +124,24 @@ def test_a_call_may_have_less_patience_than_others() -> None:
     assert time.monotonic() - begun < 2
 
 
+@pytest.mark.parametrize("haste_seconds", [None, 60])
+@pytest.mark.parametrize("stalls", [False, True])
+def test_a_patience_that_is_given_is_all_there_is(
+    haste_seconds: float | None, stalls: bool
+) -> None:
+    calls, stalling = calls_with(60), Stalling(stalls=100)
+    begun = time.monotonic()
+    if haste_seconds is not None:
+        calls.hurry(begun + haste_seconds)
+    send = stalling if stalls else failing(*[LATER] * 1000)[0]
+
+    with pytest.raises(StoreError):
+        calls.ask(CALL, send, patience_seconds=0.3)
+
+    assert time.monotonic() - begun < 15  # the other patience, and the deadline, are a minute
+    stalling.let_go.set()
+
+
 def test_new_credentials_are_looked_for_once(pauses: list[float]) -> None:
     renewals: list[int] = []
     expired = Trouble(Again.SHORTLY, StoreUnfit("s3://b", "expired", "renew"), expired=True)

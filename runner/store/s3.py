@@ -85,7 +85,7 @@ class S3Store:
             self._bucket.delete_several(full[at : at + _DELETED_AT_ONCE])
 
     def stage(self, prefix: str, owner: str) -> StagedObjects:
-        """Sends no request, unless an earlier staging there could not be cleaned up.
+        """Sends no request, unless an earlier staging there could not be cleaned up yet.
 
         Two owners' files of one prefix are not kept apart, as the attempt in it has one owner;
         which of two commits is decided by the condition.

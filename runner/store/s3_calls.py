@@ -110,6 +110,11 @@ class Calls:
             self._haste += 1
             self._changed.notify_all()
 
+    @property
+    def in_haste(self) -> bool:
+        """Whether there is a deadline."""
+        return self._deadline is not None
+
     def cancel(self, errand: Errand) -> None:
         """End the requests of an errand, with StoreError where one is being waited for."""
         with self._changed:
@@ -128,21 +133,23 @@ class Calls:
         """What `send` returns, asked again while that may help.
 
         `send` may run on several threads at once. Raises what the last failure was judged to be:
-        within the patience, or by the deadline if there is one.
+        within the patience, or by the deadline if there is one. It never lasts longer than a
+        patience that is given here, whatever is under way then.
         """
         patience = self._patience if patience_seconds is None else patience_seconds
         begun, failures, renewed = time.monotonic(), 0, False
+        latest = None if patience_seconds is None else begun + patience_seconds
         verdict: Verdict | None = None
         while True:
             try:
-                return self._race(call, send, nbytes, errand)
+                return self._race(call, send, nbytes, errand, latest)
             except _TooLate as late:
                 # What went wrong before says more than that the time is over.
                 raise (late if verdict is None else verdict.error) from None
             except _Failed as failed:
                 verdict = failed.verdict
             failures += 1
-            limit = self._limit(begun, patience, verdict)
+            limit = self._limit(begun, patience, verdict, latest)
             if verdict.expired and not renewed:
                 renewed = True
                 self._renew()
@@ -151,7 +158,9 @@ class Calls:
                 raise verdict.error
             log.debug("%s: %s once more: %s", call.where, call.operation, verdict.error)
 
-    def _limit(self, begun: float, patience: float, verdict: Verdict) -> float | None:
+    def _limit(
+        self, begun: float, patience: float, verdict: Verdict, latest: float | None
+    ) -> float | None:
         """Until when a failed request may be asked again; None if that is of no use."""
         if verdict.again is Again.NEVER:
             return None
@@ -160,7 +169,14 @@ class Calls:
         deadline = self._deadline
         if deadline is None:
             return limit
-        return min(limit, deadline) if shortly else deadline
+        return min(limit, deadline) if shortly or latest is not None else deadline
+
+    def _end(self, latest: float | None) -> float | None:
+        """When a call ends that may last until `latest`, as far as that is settled."""
+        deadline = self._deadline
+        if deadline is None or latest is None:
+            return latest if deadline is None else deadline
+        return min(deadline, latest)
 
     def _pause(self, failures: int, limit: float, errand: Errand | None) -> bool:
         """Wait before the next try: exponentially longer, with full jitter. False: no time left."""
@@ -180,11 +196,19 @@ class Calls:
 
     # ------------------------------------------------------------------ tries side by side
 
-    def _race(self, call: Call, send: Callable[[Try], T], nbytes: int, errand: Errand | None) -> T:
+    def _race(
+        self,
+        call: Call,
+        send: Callable[[Try], T],
+        nbytes: int,
+        errand: Errand | None,
+        latest: float | None,
+    ) -> T:
         """The first result of one try, or of several if it is overdue and time is short."""
         race: _Race[T] = _Race()
         kind = (call.operation, (nbytes >> 20).bit_length())
-        if self._deadline is not None and time.monotonic() >= self._deadline:
+        end = self._end(latest)
+        if end is not None and time.monotonic() >= end:
             raise _TooLate(f"{call.where}: there is no time left for {call.operation}")
         self._start(race, call, send, kind)
         verdict: Verdict | None = None
@@ -197,7 +221,7 @@ class Calls:
                         break
                     if errand is not None and errand.cancelled:
                         raise StoreError(f"{call.where}: {call.operation} was called off")
-                    wait = self._wait_seconds(race, call, kind)
+                    wait = self._wait_seconds(race, call, kind, latest)
                     if wait is not None and wait <= 0:
                         self._start(race, call, send, kind)
                         continue
@@ -217,15 +241,18 @@ class Calls:
         log.debug("%s: %s failed: %s", call.where, call.operation, code_of(failure))
         return self._judge(failure, call)
 
-    def _wait_seconds(self, race: _Race[T], call: Call, kind: tuple[str, int]) -> float | None:
+    def _wait_seconds(
+        self, race: _Race[T], call: Call, kind: tuple[str, int], latest: float | None
+    ) -> float | None:
         """How long to wait for the tries under way before another; None: as long as they take."""
-        if self._deadline is None:
+        end = self._end(latest)
+        if end is None:
             return None
         now = time.monotonic()
-        if now >= self._deadline:
+        if now >= end:
             raise _TooLate(f"{call.where}: {call.operation} has not ended by its deadline")
-        left = self._deadline - now
-        if len(race.tries) >= _MOST_TRIES_AT_ONCE:
+        left = end - now
+        if not self.in_haste or len(race.tries) >= _MOST_TRIES_AT_ONCE:
             return left
         return min(left, race.begun + self._overdue_seconds(kind) - now)
 

@@ -55,7 +55,7 @@ class StagedObjects:
             file.digests()
         except BaseException:
             with contextlib.suppress(StoreError):  # `clean` tries it once more
-                file.end_upload()
+                self._end_uploads([file])
             raise
 
     def commit(self, name: str, manifest: bytes) -> None:
@@ -75,7 +75,8 @@ class StagedObjects:
         """Remove the files, unless a manifest may have come to them: then they are left.
 
         A manifest whose write was not acknowledged may still arrive. With its files it is a sound
-        checkpoint; without them it would be a corrupt one.
+        checkpoint; without them it would be a corrupt one. In haste nothing is waited for, and
+        whole files are left, too: to the next try, which overwrites them, or to a later sweep.
         """
         try:
             self.clean()
@@ -83,19 +84,25 @@ class StagedObjects:
             log.warning("%s: remains of a save: %s", self._bucket.where(self._prefix), error)
 
     def clean(self) -> None:
-        """`abort`, and StoreError if something is left."""
-        self._bucket.calls.cancel(self._errand)
+        """`abort`, and StoreError if something is left that there was time for."""
+        self.give_up()
         if not self._in_doubt:
-            for file in self._files:
-                file.end_upload()
             for full_key in {file.full_key for file in self._files}:
+                if self._bucket.calls.in_haste:
+                    return
                 self._bucket.delete_one(full_key, SHORT_PATIENCE_SECONDS)
         self._ended()
 
     def give_up(self) -> None:
         """End what is under way; what was there before stays."""
         self._bucket.calls.cancel(self._errand)
-        for file in self._files:
+        self._end_uploads(self._files)
+
+    def _end_uploads(self, files: Sequence[_File]) -> None:
+        for at, file in enumerate(files):
+            if self._bucket.calls.in_haste:
+                _end_aside(files[at:])
+                return
             file.end_upload()
 
     def _run(self, jobs: Iterator[Job], errand: Errand) -> None:
@@ -110,6 +117,23 @@ class StagedObjects:
         if name in ("", ".", "..") or "/" in name or "\0" in name:
             raise StoreError(f"{name!r} is no plain file name")
         return f"{self._prefix}/{name}"
+
+
+def _end_aside(files: Sequence[_File]) -> None:
+    """End the uploads of files as far as there is time, waiting for none of it.
+
+    The parts of an upload that is not ended take room until the next attempt sweeps them away.
+    """
+
+    def end() -> None:
+        for file in files:
+            try:
+                file.end_upload()
+            except StoreError as error:
+                log.info("remains of a save: %s", error)
+
+    with contextlib.suppress(RuntimeError):  # the interpreter is shutting down
+        threading.Thread(target=end, name="remains", daemon=True).start()
 
 
 def _uploading(files: Sequence[_File], contents: Sequence[Content]) -> Iterator[Job]:
