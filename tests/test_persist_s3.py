@@ -129,6 +129,9 @@ SOURCES = {
         Body=secrets.token_bytes(size),
         ChecksumAlgorithm="SHA256",
     ),
+    "altered, and without a checksum": lambda server, key, size: server.client.put_object(
+        Bucket=server.bucket, Key=key, Body=secrets.token_bytes(size)
+    ),
 }
 
 

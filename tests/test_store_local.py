@@ -799,7 +799,7 @@ def test_a_copy_has_the_bytes_of_what_it_was_copied_from(store: DirectoryStore) 
     first.commit(MANIFEST, b"{}")
 
     second = store.stage("run/b", OWNER)
-    second.copy("model", "run/a/model", 3, digests)
+    second.copy("model", "run/a/model", 6, 3, digests)
     second.commit(MANIFEST, b"{}")
     store.delete(["run/a/model"])
 
@@ -810,6 +810,6 @@ def test_what_is_gone_is_not_copied(store: DirectoryStore) -> None:
     staging = store.stage("run/b", OWNER)
 
     with pytest.raises(NotFound):
-        staging.copy("model", "run/a/model", 3, [b""])
+        staging.copy("model", "run/a/model", 3, 3, [b""])
 
     assert write(staging, "model", b"one") == (sha256(b"one").digest(),)

@@ -114,7 +114,7 @@ def test_a_copy_that_turns_out_to_be_something_else_is_refused(open_s3: Open) ->
     staging = store.stage(CHECKPOINT, OWNER)
 
     with pytest.raises(StoreError, match="other bytes than it should"):
-        staging.copy("file", "run/source", PART_BYTES, [sha256(b"these bytes").digest()])
+        staging.copy("file", "run/source", 11, PART_BYTES, [sha256(b"these bytes").digest()])
     staging.abort()
 
     assert store.children(CHECKPOINT) == []
@@ -125,7 +125,7 @@ def test_a_copied_file_keeps_its_composite_checksum(open_s3: Open) -> None:
     digests = save(store)
     staging = store.stage("run/checkpoints/next", OWNER)
 
-    staging.copy("model", f"{CHECKPOINT}/model", PART_BYTES, digests)
+    staging.copy("model", f"{CHECKPOINT}/model", len(LARGE), PART_BYTES, digests)
     staging.commit("manifest.json", b"{}")
 
     copied = store.stored("run/checkpoints/next/model")
@@ -141,7 +141,7 @@ def test_a_copy_whose_source_goes_half_way_leaves_no_upload_and_can_be_written(
     proxy.add("PUT .*partNumber=2", Fault("status", 404, "NoSuchKey"), times=99)
 
     with pytest.raises(NotFound):
-        staging.copy("model", f"{CHECKPOINT}/model", PART_BYTES, digests)
+        staging.copy("model", f"{CHECKPOINT}/model", len(LARGE), PART_BYTES, digests)
 
     wait_until(lambda: not s3.uploads(f"{prefix}/"), what="the upload to be ended")
     proxy.clear()

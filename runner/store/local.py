@@ -39,6 +39,7 @@ class DirectoryStore:
     """A `Store` in a directory of a local or network file system."""
 
     fetches_at_once = 2
+    checks_copies = False
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -243,10 +244,17 @@ class StagedDirectory:
         with self._errors(content.name), self._new_file(content.name) as file:
             return _write_hashed(file, content, pool)
 
-    def copy(self, name: str, key: str, part_bytes: int, digests: Sequence[bytes]) -> None:
+    def copy(
+        self, name: str, key: str, size: int, part_bytes: int, digests: Sequence[bytes]
+    ) -> None:
         """A hard link, so both files are the same bytes on the disk."""
+        path = self._path(name)
         with self._store.errors(key):
-            os.link(self._store.path(key), self._path(name))
+            os.link(self._store.path(key), path)
+            found = path.stat().st_size
+            if found != size:
+                path.unlink()
+                raise StoreError(f"{self._store.url}/{key} has {found} bytes instead of {size}")
 
     def commit(self, name: str, manifest: bytes) -> None:
         with self._errors(name), self._new_file(name) as file:

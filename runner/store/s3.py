@@ -33,6 +33,7 @@ class S3Store:
     """A `Store` below a prefix of a bucket. Making one sends no request."""
 
     fetches_at_once = 8  # measured: 590 MiB/s of 16 MiB ranges, with 2 at once 370
+    checks_copies = True
 
     def __init__(self, url: str, options: S3Options = S3Options()) -> None:  # noqa: B008 - frozen
         self._bucket = Bucket(url, options)

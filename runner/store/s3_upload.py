@@ -43,7 +43,9 @@ class StagedObjects:
         self._run(_uploading(files, contents), self._errand)
         return [file.digests() for file in files]  # which asks whether all of it is there
 
-    def copy(self, name: str, key: str, part_bytes: int, digests: Sequence[bytes]) -> None:
+    def copy(
+        self, name: str, key: str, size: int, part_bytes: int, digests: Sequence[bytes]
+    ) -> None:
         """A copy on the server, of the same parts, so that it has the same checksum.
 
         It fails alone: the file may be written instead.
@@ -51,7 +53,7 @@ class StagedObjects:
         errand = Errand(self._errand)
         file = self._file(name, errand)
         try:
-            self._run(file.copying(key, part_bytes, digests), errand)
+            self._run(file.copying(key, size, part_bytes, digests), errand)
             file.digests()
         except BaseException:
             with contextlib.suppress(StoreError):  # `clean` tries it once more
@@ -165,7 +167,7 @@ class _File:
         self._begun: list[str] = []  # also by tries that came too late: nobody has sent parts there
         self._digests: dict[int, bytes] = {}
         self._done: dict[int, dict[str, Any]] = {}
-        self._completed = False
+        self._completed = self._is_copy = False
         self.number_of_parts: int | None = None
 
     def digests(self) -> tuple[bytes, ...]:
@@ -201,11 +203,13 @@ class _File:
 
         return job
 
-    def copying(self, key: str, part_bytes: int, digests: Sequence[bytes]) -> Iterator[Job]:
-        size = self._bucket.stored(key).size
+    def copying(
+        self, key: str, size: int, part_bytes: int, digests: Sequence[bytes]
+    ) -> Iterator[Job]:
+        self._is_copy = True
+        whole = digests[0].hex() if len(digests) == 1 else digest_from(composite_of(digests))
+        self._check(key, whole, size)  # before anything is copied for nothing
         source = {"Bucket": self._bucket.name, "Key": self._bucket.full(key)}
-        if max(1, -(-size // part_bytes)) != len(digests):
-            raise StoreError(f"{self._bucket.where(key)} has {size} bytes: not those to be copied")
         if len(digests) == 1:
             yield lambda: self._copy_whole(source, digests[0])
             return
@@ -251,7 +255,7 @@ class _File:
 
         self._bucket.ask("CopyObject", self.full_key, send, errand=self._errand)
         self._digests[1] = digest
-        self._check(digest.hex())
+        self._check(self._key, digest.hex())
         self._completed = True
         return 0
 
@@ -342,7 +346,7 @@ class _File:
             theirs = ours
         self._completed = True
         if theirs is None:
-            self._check(digest_from(ours))
+            self._check(self._key, digest_from(ours))
         else:
             self._bucket.compare(self._key, theirs, ours)
 
@@ -352,13 +356,22 @@ class _File:
         except NotFound:
             return False
 
-    def _check(self, digest: str | None) -> None:
-        """Compare the stored object's checksum, where the server keeps any."""
-        theirs = self._bucket.stored(self._key).digest
-        if theirs is None:
-            log.warning("%s: the server keeps no SHA-256 of it", self._bucket.where(self._key))
-        elif theirs != digest:
-            raise StoreError(f"{self._bucket.where(self._key)} has other bytes than it should")
+    def _check(self, key: str, digest: str | None, size: int | None = None) -> None:
+        """Compare a stored object's checksum, where the server keeps any; of copies it has to.
+
+        What was sent, it has verified then: a copy nobody has.
+        """
+        stored, where = self._bucket.stored(key), self._bucket.where(key)
+        if size is not None and stored.size != size:
+            raise StoreError(f"{where} has {stored.size} bytes instead of {size}")
+        if stored.digest is None and self._is_copy:
+            raise StoreError(
+                f"{where}: the server keeps no SHA-256 that a copy could be checked by"
+            )
+        if stored.digest is None:
+            log.warning("%s: the server keeps no SHA-256 of it", where)
+        elif stored.digest != digest:
+            raise StoreError(f"{where} has other bytes than it should")
 
     def end_upload(self) -> None:
         if not self._completed:
