@@ -22,6 +22,8 @@ from waiting import wait_until
 from runner.errors import NotFound, StoreDenied, StoreError, StoreUnfit, UsageError
 from runner.store import Content, Part, S3Options
 from runner.store.s3 import S3Store
+from runner.store.s3_calls import Calls, Try
+from runner.store.s3_errors import Call
 from runner.store.s3_lanes import Job, Lanes
 
 pytestmark = pytest.mark.ceph
@@ -318,6 +320,80 @@ def test_an_upload_that_begins_when_its_save_was_aborted_is_ended(
         lambda: any(re.match("DELETE .*uploadId", line) for line in proxy.requests),
         what="the upload to be aborted",
     )
+    wait_until(lambda: not s3.uploads(f"{prefix}/"), what="it to be gone")
+
+
+def test_an_upload_is_ended_by_one_alone(
+    open_s3: Open, s3: S3Server, proxy: FaultProxy, prefix: str
+) -> None:
+    """Of two that end it at the same time, one is answered 409 by some servers."""
+
+    def parts() -> Iterator[Part]:
+        yield from (Part(memoryview(pattern(n, PART_BYTES))) for n in range(2))
+        wait_until(lambda: proxy.hits, what="the upload to be asked for")
+        raise StoreError("no more")
+
+    def aborts() -> list[str]:
+        return [line for line in proxy.requests if re.match("DELETE .*uploadId", line)]
+
+    proxy.add("POST .*uploads", Fault("latency", 1))
+    proxy.add("DELETE .*uploadId", Fault("hold"), times=9)
+    staging = open_s3(endpoint=proxy.url).stage(CHECKPOINT, OWNER)
+    with pytest.raises(StoreError, match="no more"):
+        staging.write([Content("model", PART_BYTES, parts())])
+    wait_until(aborts, what="the late answer, whose upload is being ended")
+
+    staging.abort()
+
+    assert len(aborts()) == 1
+    proxy.release()
+    wait_until(lambda: not s3.uploads(f"{prefix}/"), what="it to be gone")
+
+
+def test_an_upload_that_another_is_just_ending_is_ended_again(
+    open_s3: Open, s3: S3Server, proxy: FaultProxy, prefix: str
+) -> None:
+    proxy.add("PUT .*partNumber=2", Fault("status", 400, "EntityTooSmall"), times=99)
+    proxy.add("DELETE .*uploadId", Fault("status", 409, "BucketAlreadyExists"))
+    staging = open_s3(endpoint=proxy.url).stage(CHECKPOINT, OWNER)
+    with pytest.raises(StoreError):
+        staging.write([in_parts("model", LARGE)])
+
+    staging.clean()
+
+    assert proxy.hits == 2
+    assert s3.uploads(f"{prefix}/") == []
+
+
+def test_what_cannot_be_removed_holds_up_nothing_else(
+    open_s3: Open, s3: S3Server, proxy: FaultProxy, prefix: str
+) -> None:
+    staging = open_s3(endpoint=proxy.url).stage(CHECKPOINT, OWNER)
+    staging.write([in_parts(name, b"x") for name in "abcd"])
+    proxy.add("DELETE .*/[ac] ", Fault("status", 403, "AccessDenied"), times=99)
+
+    with pytest.raises(StoreDenied):
+        staging.clean()
+
+    assert s3.keys(f"{prefix}/{CHECKPOINT}/") == ["a", "c"]
+
+
+def test_a_second_upload_that_was_begun_beside_the_first_is_ended(
+    open_s3: Open, s3: S3Server, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As two tries of one request in haste may do, both of them in time."""
+    ask, begun = Calls.ask, []
+
+    def asking_twice(calls: Calls, call: Call, send: Callable[[Try], Any], **options: Any) -> Any:
+        if call.operation == "CreateMultipartUpload":
+            begun.append(send(Try()))
+        return ask(calls, call, send, **options)
+
+    monkeypatch.setattr(Calls, "ask", asking_twice)
+
+    save(open_s3())
+
+    assert len(begun) == 1
     wait_until(lambda: not s3.uploads(f"{prefix}/"), what="it to be gone")
 
 

@@ -288,6 +288,22 @@ def test_an_errand_that_is_cancelled_ends_its_requests() -> None:
     send.let_go.set()
 
 
+def test_an_errand_that_was_cancelled_sends_nothing_more() -> None:
+    calls, whole = calls_with(), Errand()
+    part, other = Errand(whole), Errand(whole)
+    send, tries = failing()
+
+    calls.cancel(part)
+    with pytest.raises(StoreError, match="called off"):
+        calls.ask(CALL, send, errand=part)
+    assert calls.ask(CALL, send, errand=other) == "result 1"
+    calls.cancel(whole)
+    with pytest.raises(StoreError, match="called off"):
+        calls.ask(CALL, send, errand=other)
+
+    assert len(tries) == 1
+
+
 def test_a_try_is_as_courteous_as_the_thread_that_asks() -> None:
     send = Stalling(stalls=0)
     calls = calls_with()

@@ -9,7 +9,6 @@ the manifest last, and deletion goes the other way round.
 
 from __future__ import annotations
 
-import contextlib
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -62,8 +61,7 @@ class S3Store:
         try:
             [digests] = staged.write([replace(content, name=name)])
         except BaseException:
-            with contextlib.suppress(StoreError):
-                staged.give_up()
+            staged.give_up()
             raise
         return digests
 

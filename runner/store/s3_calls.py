@@ -210,6 +210,8 @@ class Calls:
         end = self._end(latest)
         if end is not None and time.monotonic() >= end:
             raise _TooLate(f"{call.where}: there is no time left for {call.operation}")
+        if errand is not None and errand.cancelled:
+            raise _called_off(call)
         self._start(race, call, send, kind)
         verdict: Verdict | None = None
         with self._changed:
@@ -220,7 +222,7 @@ class Calls:
                     if _is_final(verdict) or not race.running:
                         break
                     if errand is not None and errand.cancelled:
-                        raise StoreError(f"{call.where}: {call.operation} was called off")
+                        raise _called_off(call)
                     wait = self._wait_seconds(race, call, kind, latest)
                     if wait is not None and wait <= 0:
                         self._start(race, call, send, kind)
@@ -301,6 +303,10 @@ class Calls:
 
 def _is_final(verdict: Verdict | None) -> bool:
     return verdict is not None and verdict.again is Again.NEVER
+
+
+def _called_off(call: Call) -> StoreError:
+    return StoreError(f"{call.where}: {call.operation} was called off")
 
 
 class _TooLate(StoreError):

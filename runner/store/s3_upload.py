@@ -12,6 +12,7 @@ import contextlib
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from hashlib import sha256
 from typing import Any
 
@@ -56,8 +57,7 @@ class StagedObjects:
             self._run(file.copying(key, size, part_bytes, digests), errand)
             file.digests()
         except BaseException:
-            with contextlib.suppress(StoreError):  # `clean` tries it once more
-                self._end_uploads([file])
+            self._end_uploads([file])  # if that fails, `clean` tries it once more
             raise
 
     def commit(self, name: str, manifest: bytes) -> None:
@@ -87,25 +87,29 @@ class StagedObjects:
 
     def clean(self) -> None:
         """`abort`, and StoreError if something is left that there was time for."""
-        self.give_up()
-        if not self._in_doubt:
-            for full_key in {file.full_key for file in self._files}:
-                if self._bucket.calls.in_haste:
-                    return
-                self._bucket.delete_one(full_key, SHORT_PATIENCE_SECONDS)
+        self._bucket.calls.cancel(self._errand)
+        errors = self._end_uploads(self._files)
+        for full_key in () if self._in_doubt else {file.full_key for file in self._files}:
+            if self._bucket.calls.in_haste:
+                return
+            errors += _errors_of(partial(self._bucket.delete_one, full_key, SHORT_PATIENCE_SECONDS))
+        if errors:
+            raise errors[0]
         self._ended()
 
     def give_up(self) -> None:
-        """End what is under way; what was there before stays."""
+        """End what is under way as far as that can be; what was there before stays."""
         self._bucket.calls.cancel(self._errand)
         self._end_uploads(self._files)
 
-    def _end_uploads(self, files: Sequence[_File]) -> None:
+    def _end_uploads(self, files: Sequence[_File]) -> list[StoreError]:
+        errors: list[StoreError] = []
         for at, file in enumerate(files):
             if self._bucket.calls.in_haste:
-                _end_aside(files[at:])
-                return
-            file.end_upload()
+                _aside(*(late.end_uploads for late in files[at:]))
+                break
+            errors += _errors_of(file.end_uploads)
+        return errors
 
     def _run(self, jobs: Iterator[Job], errand: Errand) -> None:
         self._lanes.run(jobs, lambda: self._bucket.calls.cancel(errand))
@@ -121,17 +125,24 @@ class StagedObjects:
         return f"{self._prefix}/{name}"
 
 
-def _end_aside(files: Sequence[_File]) -> None:
-    """End the uploads of files as far as there is time, waiting for none of it.
+def _errors_of(call: Callable[[], None]) -> list[StoreError]:
+    """What it raises: the rest is to be cleaned up nevertheless."""
+    try:
+        call()
+    except StoreError as error:
+        return [error]
+    return []
+
+
+def _aside(*calls: Callable[[], None]) -> None:
+    """End uploads as far as there is time, waiting for none of it.
 
     The parts of an upload that is not ended take room until the next attempt sweeps them away.
     """
 
     def end() -> None:
-        for file in files:
-            try:
-                file.end_upload()
-            except StoreError as error:
+        for call in calls:
+            for error in _errors_of(call):
                 log.info("remains of a save: %s", error)
 
     with contextlib.suppress(RuntimeError):  # the interpreter is shutting down
@@ -164,7 +175,8 @@ class _File:
         self.full_key = bucket.full(key)
         self._lock = threading.Lock()
         self._upload: str | None = None
-        self._begun: list[str] = []  # also by tries that came too late: nobody has sent parts there
+        self._begun: set[str] = set()  # and not ended; also by tries that came too late
+        self._noting = threading.Lock()
         self._digests: dict[int, bytes] = {}
         self._done: dict[int, dict[str, Any]] = {}
         self._completed = self._is_copy = False
@@ -272,9 +284,9 @@ class _File:
                 **self._bucket.stored_as(),
             )
             upload = str(answer["UploadId"])
-            self._begun.append(upload)  # before it is asked whether `end_upload` was there already
+            self._note(upload)  # before it is asked whether `end_uploads` was there already
             if one.unwanted:
-                self._bucket.abort_upload(self.full_key, upload)
+                self._end(upload)
             return upload
 
         with self._lock:
@@ -282,6 +294,8 @@ class _File:
                 self._upload = self._bucket.ask(
                     "CreateMultipartUpload", self.full_key, send, errand=self._errand
                 )
+                if others := self._begun - {self._upload}:  # in haste two tries may succeed at once
+                    _aside(*(partial(self._end, other) for other in others))
             return self._upload
 
     def _send(self, upload: str, number: int, memory: memoryview, digest: bytes) -> dict[str, Any]:
@@ -345,6 +359,7 @@ class _File:
                 raise
             theirs = ours
         self._completed = True
+        self._take(str(self._upload))
         if theirs is None:
             self._check(self._key, digest_from(ours))
         else:
@@ -373,7 +388,32 @@ class _File:
         elif stored.digest != digest:
             raise StoreError(f"{where} has other bytes than it should")
 
-    def end_upload(self) -> None:
-        if not self._completed:
-            for upload in list(self._begun):
-                self._bucket.abort_upload(self.full_key, upload)
+    def end_uploads(self) -> None:
+        """End what was begun and is not complete. Raises the first error, when all were tried."""
+        with self._noting:
+            begun = sorted(self._begun)
+        errors = [error for upload in begun for error in _errors_of(partial(self._end, upload))]
+        if errors:
+            raise errors[0]
+
+    def _end(self, upload: str) -> None:
+        """End an upload, unless another thread does so just now, or it is complete."""
+        if not self._take(upload):
+            return
+        try:
+            self._bucket.abort_upload(self.full_key, upload)
+        except BaseException:
+            self._note(upload)
+            raise
+
+    def _note(self, upload: str) -> None:
+        with self._noting:
+            self._begun.add(upload)
+
+    def _take(self, upload: str) -> bool:
+        """Whether it is this call that took the upload from those to be ended."""
+        with self._noting:
+            if upload not in self._begun:
+                return False
+            self._begun.remove(upload)
+            return True
