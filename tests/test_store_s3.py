@@ -265,6 +265,16 @@ def test_sweeping_aborts_stale_uploads_and_leaves_live_ones(
     ]
 
 
+def test_uploads_right_below_what_is_swept_are_ended_too(
+    open_s3: Open, s3: S3Server, prefix: str
+) -> None:
+    for name in ("outputs/events", "outputs/deep/log", "checkpoints/live/model"):
+        begin_upload(s3, f"{prefix}/run/{name}")
+
+    assert open_s3().sweep("run/outputs", lambda name: True) == ["deep", "events"]
+    assert s3.uploads(f"{prefix}/") == [f"{prefix}/run/checkpoints/live/model"]
+
+
 def test_an_upload_that_is_swept_away_under_its_writer_fails(
     open_s3: Open, s3: S3Server, prefix: str
 ) -> None:
@@ -321,6 +331,28 @@ def test_an_upload_that_begins_when_its_save_was_aborted_is_ended(
         what="the upload to be aborted",
     )
     wait_until(lambda: not s3.uploads(f"{prefix}/"), what="it to be gone")
+
+
+def test_a_manifest_that_may_still_arrive_keeps_the_files_of_another_try(
+    open_s3: Open, s3: S3Server, proxy: FaultProxy, prefix: str
+) -> None:
+    store = open_s3(endpoint=proxy.url)
+    staging = store.stage(CHECKPOINT, OWNER)
+    staging.write([in_parts("model", b"x")])
+    proxy.add("PUT .*manifest.json", Fault("hold"), times=9)
+    store.hurry(time.monotonic() + 2)
+    with pytest.raises(StoreError):
+        staging.commit("manifest.json", b"{}")
+    staging.abort()
+    store.hurry(None)
+    again = store.stage(CHECKPOINT, OWNER)
+    again.write([in_parts("model", b"x")])
+    proxy.release()
+    wait_until(lambda: len(s3.keys(f"{prefix}/{CHECKPOINT}/")) == 2, what="the first manifest")
+
+    again.abort()
+
+    assert s3.keys(f"{prefix}/{CHECKPOINT}/") == ["manifest.json", "model"]
 
 
 def test_an_upload_is_ended_by_one_alone(

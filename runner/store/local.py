@@ -92,7 +92,7 @@ class DirectoryStore:
         path = self.path(key)
         with (
             self.errors(key),
-            ThreadPoolExecutor(_HASHING_THREADS, "hash") as pool,
+            _hashing() as pool,
             self._temporary(path) as (temporary, file),
         ):
             digests = _write_hashed(file, content, pool)
@@ -237,7 +237,7 @@ class StagedDirectory:
 
     def write(self, contents: Sequence[Content]) -> list[tuple[bytes, ...]]:
         """One file after another, as a disk likes it; hashed on threads while it is written."""
-        with ThreadPoolExecutor(_HASHING_THREADS, "hash") as pool:
+        with _hashing() as pool:
             return [self._write(content, pool) for content in contents]
 
     def _write(self, content: Content, pool: ThreadPoolExecutor) -> tuple[bytes, ...]:
@@ -304,6 +304,18 @@ def _sweep_objects(run: Path) -> list[str]:
                 path.unlink()
                 removed.append(path.name)
     return removed
+
+
+@contextlib.contextmanager
+def _hashing() -> Iterator[ThreadPoolExecutor]:
+    """Threads that hash. After an error, what has not begun is left: giving way is not to wait."""
+    pool = ThreadPoolExecutor(_HASHING_THREADS, "hash")
+    try:
+        yield pool
+    except BaseException:
+        pool.shutdown(cancel_futures=True)
+        raise
+    pool.shutdown()
 
 
 def _write_hashed(file: io.FileIO, content: Content, pool: ThreadPoolExecutor) -> tuple[bytes, ...]:

@@ -38,6 +38,7 @@ class S3Store:
         self._bucket = Bucket(url, options)
         self._lanes = Lanes()
         self._unfinished: dict[tuple[str, str], StagedObjects] = {}
+        self._doubts: set[str] = set()
         self.url = self._bucket.url
 
     def read(self, key: str, limit: int) -> bytes:
@@ -57,7 +58,7 @@ class S3Store:
 
     def put(self, key: str, content: Content) -> tuple[bytes, ...]:
         prefix, _, name = key.rpartition("/")
-        staged = StagedObjects(self._bucket, self._lanes, prefix, lambda: None)
+        staged = StagedObjects(self._bucket, self._lanes, prefix, set(), lambda: None)
         try:
             [digests] = staged.write([replace(content, name=name)])
         except BaseException:
@@ -95,7 +96,11 @@ class S3Store:
             left.clean()
         place = (prefix, owner)
         staged = StagedObjects(
-            self._bucket, self._lanes, prefix, ended=lambda: self._unfinished.pop(place, None)
+            self._bucket,
+            self._lanes,
+            prefix,
+            self._doubts,
+            ended=lambda: self._unfinished.pop(place, None),
         )
         self._unfinished[place] = staged
         return staged
@@ -106,8 +111,8 @@ class S3Store:
         stale = []
         for page in self._pages("list_multipart_uploads", "ListMultipartUploads", below):
             for upload in page.get("Uploads", ()):
-                name, _, file = upload["Key"].removeprefix(below).partition("/")
-                if file and is_stale(name):
+                name, _, _ = upload["Key"].removeprefix(below).partition("/")
+                if is_stale(name):
                     stale.append((name, upload["Key"], upload["UploadId"]))
         for _, key, upload_id in stale:
             self._bucket.abort_upload(key, upload_id)

@@ -28,15 +28,23 @@ log = logging.getLogger(__name__)
 
 
 class StagedObjects:
-    """A `Staging` under a prefix of a bucket. `ended` is told when nothing is left to clean up."""
+    """A `Staging` under a prefix of a bucket. `ended` is told when nothing is left to clean up.
+
+    `doubts` are the prefixes at which a manifest may still arrive, whoever has staged there.
+    """
 
     def __init__(
-        self, bucket: Bucket, lanes: Lanes, prefix: str, ended: Callable[[], object]
+        self,
+        bucket: Bucket,
+        lanes: Lanes,
+        prefix: str,
+        doubts: set[str],
+        ended: Callable[[], object],
     ) -> None:
         self._bucket, self._lanes, self._prefix, self._ended = bucket, lanes, prefix, ended
+        self._doubts = doubts
         self._errand = Errand()
         self._files: list[_File] = []
-        self._in_doubt = False
 
     def write(self, contents: Sequence[Content]) -> list[tuple[bytes, ...]]:
         """Several files and parts at once, each part taken when there is a lane for it."""
@@ -63,14 +71,17 @@ class StagedObjects:
     def commit(self, name: str, manifest: bytes) -> None:
         """One conditional write. One that is there with these bytes is our own, of another try."""
         key, sent = self._key(name), Sent()
-        self._in_doubt = True
+        was_in_doubt = self._prefix in self._doubts
+        self._doubts.add(self._prefix)
         try:
             made = self._bucket.put_new(key, manifest, sent, known=True)
         except (StoreDenied, StoreUnfit):
-            self._in_doubt = sent.count > 1
+            if sent.count <= 1 and not was_in_doubt:
+                self._doubts.discard(self._prefix)
             raise
         if not made:
             raise StoreError(f"{self._bucket.where(key)} is there, and another has written it")
+        self._doubts.discard(self._prefix)
         self._ended()
 
     def abort(self) -> None:
@@ -89,7 +100,9 @@ class StagedObjects:
         """`abort`, and StoreError if something is left that there was time for."""
         self._bucket.calls.cancel(self._errand)
         errors = self._end_uploads(self._files)
-        for full_key in () if self._in_doubt else {file.full_key for file in self._files}:
+        for full_key in (
+            () if self._prefix in self._doubts else {file.full_key for file in self._files}
+        ):
             if self._bucket.calls.in_haste:
                 return
             errors += _errors_of(partial(self._bucket.delete_one, full_key, SHORT_PATIENCE_SECONDS))
