@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import safetensors.numpy
 from slots import RUN, fill, snapshot, views
 
 from runner.checkpoint.archive import Archive
@@ -117,11 +120,35 @@ def test_a_file_that_has_changed_anywhere_is_written(store: DirectoryStore, chan
     assert path.read_bytes() == change(content)
 
 
-def test_the_next_supervisor_knows_what_was_stored_before(store: DirectoryStore) -> None:
-    first, _ = save(persister(store), 1, {"frozen.safetensors": large(1, 2)})
-    second, _ = save(persister(store, owner="b" * 16), 2, {"frozen.safetensors": large(1, 2)})
+@pytest.mark.parametrize("verified", [False, True])
+def test_the_next_supervisor_copies_from_what_it_has_verified(
+    store: DirectoryStore, rank: RankSpool, verified: bool
+) -> None:
+    files = {"frozen.safetensors": safetensors.numpy.save({"weight": np.zeros(2 << 20, "u1")})}
+    first, _ = save(persister(store), 1, files)
+    saver = persister(store, owner="b" * 16)
+    if verified:
+        resumption = Keeper(rank, saver, Archive(store, RUN)).restore()
+        assert resumption is not None
+        assert resumption.source == "store"
 
-    assert inode(store, second, "frozen.safetensors") == inode(store, first, "frozen.safetensors")
+    second, _ = save(saver, 2, files)
+    third, _ = save(saver, 3, files)
+
+    shared = inode(store, second, "frozen.safetensors")
+    assert (inode(store, first, "frozen.safetensors") == shared) == verified
+    assert inode(store, third, "frozen.safetensors") == shared
+
+
+def test_a_file_that_became_shorter_on_the_disk_is_written(store: DirectoryStore) -> None:
+    saver = persister(store, Keep(last=1))
+    first, _ = save(saver, 1, {"frozen.safetensors": large(1, 2)})
+    os.truncate(store.root / RUN / "checkpoints" / first.name / "frozen.safetensors", 1 << 20)
+
+    second, _ = save(saver, 2, {"frozen.safetensors": large(1, 2)})
+    saver.retain()
+
+    Archive(store, RUN).verify(second)
 
 
 def test_a_file_that_was_to_be_copied_and_is_gone_is_written(store: DirectoryStore) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -11,7 +12,9 @@ import pytest
 from counting import counted_requests
 from kills import Killed, killed_at
 from servers.faultproxy import Fault, FaultProxy
+from servers.fixtures import S3Server
 from slots import RUN, snapshot, views
+from waiting import wait_until
 
 from runner.checkpoint.archive import Archive
 from runner.checkpoint.attempts import Ledger
@@ -19,6 +22,7 @@ from runner.checkpoint.manifest import Manifest
 from runner.checkpoint.persist import Persister
 from runner.checkpoint.restore import load, load_newest
 from runner.checkpoint.retention import Keep
+from runner.errors import Abandoned
 from runner.store import Store
 
 pytestmark = pytest.mark.ceph
@@ -117,6 +121,40 @@ def test_a_file_that_has_not_changed_is_copied_on_the_server(
     Archive(store, RUN).verify(second)
 
 
+SOURCES = {
+    "gone": lambda server, key, size: server.client.delete_object(Bucket=server.bucket, Key=key),
+    "altered": lambda server, key, size: server.client.put_object(
+        Bucket=server.bucket,
+        Key=key,
+        Body=secrets.token_bytes(size),
+        ChecksumAlgorithm="SHA256",
+    ),
+    "altered, and without a checksum": lambda server, key, size: server.client.put_object(
+        Bucket=server.bucket, Key=key, Body=secrets.token_bytes(size)
+    ),
+}
+
+
+@pytest.mark.parametrize("megabytes", [2, 33])
+@pytest.mark.parametrize("spoil", SOURCES.values(), ids=SOURCES)
+def test_a_file_that_cannot_be_copied_any_more_is_written(
+    store: Store,
+    s3: S3Server,
+    prefix: str,
+    spoil: Callable[[S3Server, str, int], object],
+    megabytes: int,
+) -> None:
+    saver = persister(store)
+    frozen = secrets.token_bytes(megabytes * MIB)
+    first = save(saver, 1, {"frozen.safetensors": frozen, "state.json": b"{}"})
+    spoil(s3, f"{prefix}/{RUN}/checkpoints/{first.name}/frozen.safetensors", len(frozen))
+
+    second = save(saver, 2, {"frozen.safetensors": frozen, "state.json": b"{}"})
+
+    Archive(store, RUN).verify(second)
+    assert s3.uploads(f"{prefix}/") == []
+
+
 @pytest.mark.parametrize(("times", "sound"), [(1, True), (99, False)])
 def test_a_part_that_the_network_spoils_is_fetched_again_alone(
     open_s3: Callable[..., Store], proxy: FaultProxy, times: int, sound: bool
@@ -140,6 +178,39 @@ def test_a_part_that_the_network_spoils_is_fetched_again_alone(
     if sound:
         assert memory[: len(content)] == content
         assert count[0] == 2 + 3 + 1 + 1  # sizes, parts, the other file, and one part again
+
+
+HASTE_SECONDS = 25
+
+
+def test_a_save_that_gives_way_in_haste_waits_for_no_cleaning_up(
+    open_s3: Callable[..., Store], s3: S3Server, proxy: FaultProxy, prefix: str
+) -> None:
+    store = open_s3(endpoint=proxy.url)
+    saver, deadline = persister(store), 0.0
+    files = {"model.safetensors": secrets.token_bytes(33 * MIB), "state.json": b"{}"}
+    parts = iter(range(1, 100))
+
+    def gives_way() -> bool:
+        nonlocal deadline
+        if next(parts) < 3:
+            return False
+        wait_until(lambda: s3.uploads(f"{prefix}/"), what="the upload to begin")
+        proxy.add("DELETE ", Fault("hold"), times=99)
+        deadline = time.monotonic() + HASTE_SECONDS
+        store.hurry(deadline)
+        return True
+
+    with pytest.raises(Abandoned):
+        saver.persist(snapshot(save=1).moment, views(files), gives_way=gives_way)
+    assert time.monotonic() < deadline - HASTE_SECONDS / 2
+    second = saver.persist(snapshot(save=2).moment, views(files))
+    assert time.monotonic() < deadline
+
+    store.hurry(None)
+    proxy.release()
+    Archive(store, RUN).verify(second)
+    wait_until(lambda: not s3.uploads(f"{prefix}/"), what="the upload to be ended")
 
 
 @pytest.mark.parametrize("after", [False, True])

@@ -292,7 +292,8 @@ def test_a_copy_has_the_same_bytes_and_lives_on_its_own(store: Store) -> None:
 
     second = store.stage(other, OWNER)
     for name, parts in zip(shapes, digests, strict=True):
-        second.copy(name, f"{PREFIX}/{name}", PART_BYTES, parts)
+        size = sum(map(len, shapes[name]))
+        second.copy(name, f"{PREFIX}/{name}", size, PART_BYTES, parts)
     second.commit("manifest.json", b"{}")
     sums = {name: store.stored(f"{PREFIX}/{name}") for name in shapes}
     store.delete([MANIFEST, *(f"{PREFIX}/{name}" for name in shapes)])
@@ -307,7 +308,35 @@ def test_a_copy_of_what_is_gone_is_not_found(store: Store) -> None:
     staging = store.stage(PREFIX, OWNER)
 
     with pytest.raises(NotFound):
-        staging.copy("file", "run/none", PART_BYTES, [sha256(b"x").digest()])
+        staging.copy("file", "run/none", 1, PART_BYTES, [sha256(b"x").digest()])
+
+
+@pytest.mark.parametrize("parts", [[b"x"], [large(1), b"end"]], ids=["small", "large"])
+def test_what_is_gone_and_cannot_be_copied_can_be_written(store: Store, parts: list[bytes]) -> None:
+    staging = store.stage(PREFIX, OWNER)
+    digests = [sha256(part).digest() for part in parts]
+
+    with pytest.raises(NotFound):
+        staging.copy("file", "run/none", sum(map(len, parts)), PART_BYTES, digests)
+    written = staging.write([content("file", *parts)])
+    staging.commit("manifest.json", b"{}")
+
+    assert written == [tuple(digests)]
+    assert read_back(store, f"{PREFIX}/file", len(b"".join(parts))) == b"".join(parts)
+
+
+def test_what_has_another_size_is_not_copied_and_can_be_written(store: Store) -> None:
+    store.replace("run/source", b"other")
+    staging = store.stage(PREFIX, OWNER)
+    digest = sha256(b"file").digest()
+
+    with pytest.raises(StoreError, match="5 bytes instead of 4"):
+        staging.copy("file", "run/source", 4, PART_BYTES, [digest])
+    assert staging.write([content("file", b"file")]) == [(digest,)]
+    staging.commit("manifest.json", b"{}")
+
+    assert store.read(f"{PREFIX}/file", 10) == b"file"
+    assert store.read("run/source", 10) == b"other"
 
 
 def test_sweeping_leaves_what_is_alive(store: Store) -> None:

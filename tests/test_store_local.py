@@ -799,7 +799,7 @@ def test_a_copy_has_the_bytes_of_what_it_was_copied_from(store: DirectoryStore) 
     first.commit(MANIFEST, b"{}")
 
     second = store.stage("run/b", OWNER)
-    second.copy("model", "run/a/model", 3, digests)
+    second.copy("model", "run/a/model", 6, 3, digests)
     second.commit(MANIFEST, b"{}")
     store.delete(["run/a/model"])
 
@@ -810,6 +810,39 @@ def test_what_is_gone_is_not_copied(store: DirectoryStore) -> None:
     staging = store.stage("run/b", OWNER)
 
     with pytest.raises(NotFound):
-        staging.copy("model", "run/a/model", 3, [b""])
+        staging.copy("model", "run/a/model", 3, 3, [b""])
 
     assert write(staging, "model", b"one") == (sha256(b"one").digest(),)
+
+
+def test_a_save_that_is_given_up_does_not_wait_for_hashes_that_have_not_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashing, go_on, hashed = threading.Event(), threading.Event(), []
+
+    def slow(memory: memoryview) -> Any:
+        hashing.set()
+        go_on.wait(60)
+        hashed.append(len(memory))
+        return sha256(memory)
+
+    def parts() -> Iterator[Part]:
+        for _ in range(20):
+            yield Part(memoryview(bytes(4096)))
+        hashing.wait(60)
+        raise StoreError("given up")
+
+    class Pool(ThreadPoolExecutor):
+        def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+            super().shutdown(wait=False, cancel_futures=cancel_futures)
+            go_on.set()  # those that have begun are waited for
+            super().shutdown(wait=wait)
+
+    monkeypatch.setattr("runner.store.local.ThreadPoolExecutor", Pool)
+    monkeypatch.setattr("runner.store.local.sha256", slow)
+    staging = DirectoryStore(tmp_path / "store").stage("run/checkpoints/one", "a" * 16)
+    with pytest.raises(StoreError, match="given up"):
+        staging.write([Content("model", 4096, parts())])
+    staging.abort()
+
+    assert 1 <= len(hashed) <= 2

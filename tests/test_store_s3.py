@@ -22,6 +22,9 @@ from waiting import wait_until
 from runner.errors import NotFound, StoreDenied, StoreError, StoreUnfit, UsageError
 from runner.store import Content, Part, S3Options
 from runner.store.s3 import S3Store
+from runner.store.s3_calls import Calls, Try
+from runner.store.s3_errors import Call
+from runner.store.s3_lanes import Job, Lanes
 
 pytestmark = pytest.mark.ceph
 
@@ -113,7 +116,7 @@ def test_a_copy_that_turns_out_to_be_something_else_is_refused(open_s3: Open) ->
     staging = store.stage(CHECKPOINT, OWNER)
 
     with pytest.raises(StoreError, match="other bytes than it should"):
-        staging.copy("file", "run/source", PART_BYTES, [sha256(b"these bytes").digest()])
+        staging.copy("file", "run/source", 11, PART_BYTES, [sha256(b"these bytes").digest()])
     staging.abort()
 
     assert store.children(CHECKPOINT) == []
@@ -124,12 +127,29 @@ def test_a_copied_file_keeps_its_composite_checksum(open_s3: Open) -> None:
     digests = save(store)
     staging = store.stage("run/checkpoints/next", OWNER)
 
-    staging.copy("model", f"{CHECKPOINT}/model", PART_BYTES, digests)
+    staging.copy("model", f"{CHECKPOINT}/model", len(LARGE), PART_BYTES, digests)
     staging.commit("manifest.json", b"{}")
 
     copied = store.stored("run/checkpoints/next/model")
     assert copied == store.stored(f"{CHECKPOINT}/model")
     assert copied.digest == sha256(b"".join(digests)).hexdigest()
+
+
+def test_a_copy_whose_source_goes_half_way_leaves_no_upload_and_can_be_written(
+    open_s3: Open, s3: S3Server, proxy: FaultProxy, prefix: str
+) -> None:
+    digests = save(open_s3())
+    staging = open_s3(endpoint=proxy.url).stage("run/checkpoints/next", OWNER)
+    proxy.add("PUT .*partNumber=2", Fault("status", 404, "NoSuchKey"), times=99)
+
+    with pytest.raises(NotFound):
+        staging.copy("model", f"{CHECKPOINT}/model", len(LARGE), PART_BYTES, digests)
+
+    wait_until(lambda: not s3.uploads(f"{prefix}/"), what="the upload to be ended")
+    proxy.clear()
+    assert staging.write([in_parts("model", LARGE)]) == [digests]
+    staging.commit("manifest.json", b"{}")
+    assert open_s3().stored("run/checkpoints/next/model").size == len(LARGE)
 
 
 # ---------------------------------------------------------------- conditional writes
@@ -245,6 +265,16 @@ def test_sweeping_aborts_stale_uploads_and_leaves_live_ones(
     ]
 
 
+def test_uploads_right_below_what_is_swept_are_ended_too(
+    open_s3: Open, s3: S3Server, prefix: str
+) -> None:
+    for name in ("outputs/events", "outputs/deep/log", "checkpoints/live/model"):
+        begin_upload(s3, f"{prefix}/run/{name}")
+
+    assert open_s3().sweep("run/outputs", lambda name: True) == ["deep", "events"]
+    assert s3.uploads(f"{prefix}/") == [f"{prefix}/run/checkpoints/live/model"]
+
+
 def test_an_upload_that_is_swept_away_under_its_writer_fails(
     open_s3: Open, s3: S3Server, prefix: str
 ) -> None:
@@ -301,6 +331,120 @@ def test_an_upload_that_begins_when_its_save_was_aborted_is_ended(
         what="the upload to be aborted",
     )
     wait_until(lambda: not s3.uploads(f"{prefix}/"), what="it to be gone")
+
+
+def test_a_manifest_that_may_still_arrive_keeps_the_files_of_another_try(
+    open_s3: Open, s3: S3Server, proxy: FaultProxy, prefix: str
+) -> None:
+    store = open_s3(endpoint=proxy.url)
+    staging = store.stage(CHECKPOINT, OWNER)
+    staging.write([in_parts("model", b"x")])
+    proxy.add("PUT .*manifest.json", Fault("hold"), times=9)
+    store.hurry(time.monotonic() + 2)
+    with pytest.raises(StoreError):
+        staging.commit("manifest.json", b"{}")
+    staging.abort()
+    store.hurry(None)
+    again = store.stage(CHECKPOINT, OWNER)
+    again.write([in_parts("model", b"x")])
+    proxy.release()
+    wait_until(lambda: len(s3.keys(f"{prefix}/{CHECKPOINT}/")) == 2, what="the first manifest")
+
+    again.abort()
+
+    assert s3.keys(f"{prefix}/{CHECKPOINT}/") == ["manifest.json", "model"]
+
+
+def test_an_upload_is_ended_by_one_alone(
+    open_s3: Open, s3: S3Server, proxy: FaultProxy, prefix: str
+) -> None:
+    """Of two that end it at the same time, one is answered 409 by some servers."""
+
+    def parts() -> Iterator[Part]:
+        yield from (Part(memoryview(pattern(n, PART_BYTES))) for n in range(2))
+        wait_until(lambda: proxy.hits, what="the upload to be asked for")
+        raise StoreError("no more")
+
+    def aborts() -> list[str]:
+        return [line for line in proxy.requests if re.match("DELETE .*uploadId", line)]
+
+    proxy.add("POST .*uploads", Fault("latency", 1))
+    proxy.add("DELETE .*uploadId", Fault("hold"), times=9)
+    staging = open_s3(endpoint=proxy.url).stage(CHECKPOINT, OWNER)
+    with pytest.raises(StoreError, match="no more"):
+        staging.write([Content("model", PART_BYTES, parts())])
+    wait_until(aborts, what="the late answer, whose upload is being ended")
+
+    staging.abort()
+
+    assert len(aborts()) == 1
+    proxy.release()
+    wait_until(lambda: not s3.uploads(f"{prefix}/"), what="it to be gone")
+
+
+def test_an_upload_that_another_is_just_ending_is_ended_again(
+    open_s3: Open, s3: S3Server, proxy: FaultProxy, prefix: str
+) -> None:
+    proxy.add("PUT .*partNumber=2", Fault("status", 400, "EntityTooSmall"), times=99)
+    proxy.add("DELETE .*uploadId", Fault("status", 409, "BucketAlreadyExists"))
+    staging = open_s3(endpoint=proxy.url).stage(CHECKPOINT, OWNER)
+    with pytest.raises(StoreError):
+        staging.write([in_parts("model", LARGE)])
+
+    staging.clean()
+
+    assert proxy.hits == 2
+    assert s3.uploads(f"{prefix}/") == []
+
+
+def test_what_cannot_be_removed_holds_up_nothing_else(
+    open_s3: Open, s3: S3Server, proxy: FaultProxy, prefix: str
+) -> None:
+    staging = open_s3(endpoint=proxy.url).stage(CHECKPOINT, OWNER)
+    staging.write([in_parts(name, b"x") for name in "abcd"])
+    proxy.add("DELETE .*/[ac] ", Fault("status", 403, "AccessDenied"), times=99)
+
+    with pytest.raises(StoreDenied):
+        staging.clean()
+
+    assert s3.keys(f"{prefix}/{CHECKPOINT}/") == ["a", "c"]
+
+
+def test_a_second_upload_that_was_begun_beside_the_first_is_ended(
+    open_s3: Open, s3: S3Server, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As two tries of one request in haste may do, both of them in time."""
+    ask, begun = Calls.ask, []
+
+    def asking_twice(calls: Calls, call: Call, send: Callable[[Try], Any], **options: Any) -> Any:
+        if call.operation == "CreateMultipartUpload":
+            begun.append(send(Try()))
+        return ask(calls, call, send, **options)
+
+    monkeypatch.setattr(Calls, "ask", asking_twice)
+
+    save(open_s3())
+
+    assert len(begun) == 1
+    wait_until(lambda: not s3.uploads(f"{prefix}/"), what="it to be gone")
+
+
+def test_a_file_whose_parts_were_not_all_sent_is_none(
+    open_s3: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever runs the jobs: a manifest must never name such a file."""
+
+    def all_but_one(lanes: Lanes, jobs: Iterator[Job], call_off: Callable[[], None]) -> None:
+        for job in list(jobs)[:-1]:
+            job()
+
+    monkeypatch.setattr(Lanes, "run", all_but_one)
+    staging = open_s3().stage(CHECKPOINT, OWNER)
+
+    for data in (b"x", LARGE):
+        with pytest.raises(StoreError, match="not stored as a whole"):
+            staging.write([in_parts("model", data)])
+    staging.abort()
 
 
 def test_more_than_a_page_is_listed_and_deleted(

@@ -124,6 +124,24 @@ def test_a_call_may_have_less_patience_than_others() -> None:
     assert time.monotonic() - begun < 2
 
 
+@pytest.mark.parametrize("haste_seconds", [None, 60])
+@pytest.mark.parametrize("stalls", [False, True])
+def test_a_patience_that_is_given_is_all_there_is(
+    haste_seconds: float | None, stalls: bool
+) -> None:
+    calls, stalling = calls_with(60), Stalling(stalls=100)
+    begun = time.monotonic()
+    if haste_seconds is not None:
+        calls.hurry(begun + haste_seconds)
+    send = stalling if stalls else failing(*[LATER] * 1000)[0]
+
+    with pytest.raises(StoreError):
+        calls.ask(CALL, send, patience_seconds=0.3)
+
+    assert time.monotonic() - begun < 15  # the other patience, and the deadline, are a minute
+    stalling.let_go.set()
+
+
 def test_new_credentials_are_looked_for_once(pauses: list[float]) -> None:
     renewals: list[int] = []
     expired = Trouble(Again.SHORTLY, StoreUnfit("s3://b", "expired", "renew"), expired=True)
@@ -268,6 +286,22 @@ def test_an_errand_that_is_cancelled_ends_its_requests() -> None:
     assert "called off" in str(raised[0])
     assert send.given_up == [1]
     send.let_go.set()
+
+
+def test_an_errand_that_was_cancelled_sends_nothing_more() -> None:
+    calls, whole = calls_with(), Errand()
+    part, other = Errand(whole), Errand(whole)
+    send, tries = failing()
+
+    calls.cancel(part)
+    with pytest.raises(StoreError, match="called off"):
+        calls.ask(CALL, send, errand=part)
+    assert calls.ask(CALL, send, errand=other) == "result 1"
+    calls.cancel(whole)
+    with pytest.raises(StoreError, match="called off"):
+        calls.ask(CALL, send, errand=other)
+
+    assert len(tries) == 1
 
 
 def test_a_try_is_as_courteous_as_the_thread_that_asks() -> None:

@@ -84,7 +84,8 @@ def write(case: Case, name: str, parts: list[bytes]) -> bool:
 
 
 def copy(case: Case, name: str, digests: list[bytes]) -> bool:
-    case.staging.copy(name, f"run/stored/{name}", PART_BYTES, digests)
+    size = len(LARGE if name == "large" else SMALL)
+    case.staging.copy(name, f"run/stored/{name}", size, PART_BYTES, digests)
     return case.direct.stored(f"{case.staged}/{name}") == case.direct.stored(f"run/stored/{name}")
 
 

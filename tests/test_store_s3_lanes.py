@@ -8,6 +8,7 @@ import pytest
 from waiting import wait_until
 
 from runner.errors import StoreError
+from runner.store import s3_lanes
 from runner.store.s3_lanes import Job, Lanes, Pace
 
 # Throughput of each window, and the number of lanes after it.
@@ -95,6 +96,39 @@ def test_the_first_failure_calls_off_the_others_and_is_raised() -> None:
     with pytest.raises(StoreError, match="the first"):
         Lanes().run(jobs(), called_off.set)
     assert len(begun) == 3
+
+
+def test_when_lanes_are_closed_enough_of_them_stay_for_all_jobs() -> None:
+    pace, go_on = Pace(fewest=6), threading.Event()
+    begun: list[int] = []
+    done: list[int] = []
+
+    def job() -> int:
+        begun.append(1)
+        assert go_on.wait(10)
+        done.append(1)
+        return 0
+
+    run = s3_lanes._Run(pace, threading.Lock(), iter([job] * 20), nothing)
+    thread = threading.Thread(target=run.drive)
+    thread.start()
+    wait_until(lambda: len(begun) == 6, what="six lanes")
+    pace.width = 4
+    with run._changed:  # so that all six ask whether they are too many before one has left
+        go_on.set()
+        wait_until(lambda: len(done) == 6, what="the first jobs")
+        thread.join(0.1)
+    thread.join(10)
+
+    assert not thread.is_alive()
+    assert len(done) == 20
+
+
+def test_jobs_that_were_not_taken_in_hand_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3_lanes._Run, "_next", lambda run: None)
+
+    with pytest.raises(StoreError, match="not all"):
+        Lanes().run(iter([lambda: 0]), nothing)
 
 
 def test_a_failure_in_making_jobs_is_raised() -> None:

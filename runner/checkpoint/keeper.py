@@ -213,6 +213,7 @@ class Keeper:
         )
         if loaded is None:
             return None
+        self._persister.vouch(loaded.manifest.name)
         if loaded.passed_over:
             # Before anything begins from the older one: else it would be forgotten by a kill.
             self._persister.ledger.went_back(loaded.passed_over)
@@ -228,6 +229,7 @@ class Keeper:
         loaded = load(self._archive, manifest, self._slot_memory)
         if loaded is None:
             raise NoValidCheckpoint(f"{manifest.name} is not sound and was put into quarantine")
+        self._persister.vouch(manifest.name)
         return self._hold(loaded, {})
 
     def _from_origin(self, origin: Origin) -> tuple[Marker, Moment]:

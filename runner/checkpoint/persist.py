@@ -25,7 +25,14 @@ from runner.checkpoint.retention import (
     superfluous,
 )
 from runner.checkpoint.validation import Verdict, read_validation
-from runner.errors import Abandoned, CheckpointCorrupt, NotFound, StoreError
+from runner.errors import (
+    Abandoned,
+    CheckpointCorrupt,
+    NotFound,
+    StoreDenied,
+    StoreError,
+    StoreUnfit,
+)
 from runner.store import Content, Part, Staging, Store
 
 log = logging.getLogger(__name__)
@@ -79,6 +86,7 @@ class Persister:
         self._known: dict[str, Manifest] | None = None
         self._verdicts: dict[str, Verdict] | None = None
         self._spared: frozenset[str] = frozenset()
+        self._sound: set[str] = set()
         self._rates = Rates()
         self.timing = NO_TIMING
 
@@ -90,6 +98,10 @@ class Persister:
         """A checkpoint was validated just now; from any thread."""
         if self._verdicts is not None:
             self._verdicts[name] = verdict
+
+    def vouch(self, name: str) -> None:
+        """A checkpoint of this run has just been verified, so files may be copied from it."""
+        self._sound.add(name)
 
     def spare(self, names: Iterable[str]) -> None:
         """Until others are named these are not deleted: they are being validated, or wait for it.
@@ -112,7 +124,9 @@ class Persister:
     ) -> Manifest:
         """Commit one snapshot: files by their names. When this returns it is durable.
 
-        A file that has the same content as in the checkpoint before is copied in the store.
+        A file that has the same content as in the checkpoint before is copied in the store. Where
+        a copy is not compared by checksum, only from a checkpoint that was written or verified in
+        this persister's life: what a disk has spoilt since long ago is not handed on for ever.
 
         One that is committed already is left as it is: its supervisor was killed before it could
         say so, or the store's answer was lost.
@@ -146,6 +160,7 @@ class Persister:
             staging.abort()
             raise
         known[manifest.name] = manifest
+        self._sound.add(manifest.name)
         committed = time.perf_counter()
         self.timing = Timing(written - begun, committed - written, manifest.nbytes)
         return manifest
@@ -209,6 +224,8 @@ class Persister:
             entry = next((file for file in manifest.files if file.content_name == name), None)
             if entry is None:
                 continue
+            if not (self.store.checks_copies or manifest.name in self._sound):
+                return None, []
             is_packed = entry.frames is not None
             is_hasty = self.compresses and not packs and _can_be_compressed(name)
             if entry.content_size != len(memory) or not (is_packed == packs or is_hasty):
@@ -331,11 +348,21 @@ class _PlainFile:
 
 
 def _is_copied(staging: Staging, twin: _Twin) -> bool:
-    """Copy a file in the store; False if it has to be written after all."""
+    """Copy a file in the store; False if it has to be written after all.
+
+    Whatever may have become of the stored one, the bytes to write are here. Only what a write would
+    be refused for, too, is raised.
+    """
     entry = twin.entry
     try:
-        staging.copy(entry.name, twin.key, entry.part_bytes, [*map(bytes.fromhex, entry.parts)])
-    except NotFound:  # somebody has deleted it
+        digests = [*map(bytes.fromhex, entry.parts)]
+        staging.copy(entry.name, twin.key, entry.size, entry.part_bytes, digests)
+    except (StoreDenied, StoreUnfit):
+        raise
+    except StoreError as error:
+        log.warning(
+            "%s cannot be copied from an earlier save, it is written: %s", entry.name, error
+        )
         return False
     return True
 

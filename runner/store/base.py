@@ -48,11 +48,14 @@ class Staging(Protocol):
     def write(self, contents: Sequence[Content]) -> list[tuple[bytes, ...]]:
         """Store files; the SHA-256 of each part of each. Every byte is hashed once at most."""
 
-    def copy(self, name: str, key: str, part_bytes: int, digests: Sequence[bytes]) -> None:
+    def copy(
+        self, name: str, key: str, size: int, part_bytes: int, digests: Sequence[bytes]
+    ) -> None:
         """Store a file that has the same bytes as a stored object, without moving them.
 
         `digests` are those of its parts. NotFound if the object is gone; StoreError if the copy
-        turns out to be something else.
+        turns out to be something else, by its size, and by its checksum if `checks_copies`. The
+        file may be written after that.
         """
 
     def commit(self, name: str, manifest: bytes) -> None:
@@ -74,6 +77,8 @@ class Store(Protocol):
     url: str
     fetches_at_once: int
     """How many calls of `fetch` side by side it takes to have all of its speed."""
+    checks_copies: bool
+    """Whether copies are compared by checksum, and fail where there is none to compare."""
 
     def read(self, key: str, limit: int) -> bytes:
         """The object. NotFound if there is none; StoreError if it is larger than `limit` bytes."""

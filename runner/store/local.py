@@ -39,6 +39,7 @@ class DirectoryStore:
     """A `Store` in a directory of a local or network file system."""
 
     fetches_at_once = 2
+    checks_copies = False
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -91,7 +92,7 @@ class DirectoryStore:
         path = self.path(key)
         with (
             self.errors(key),
-            ThreadPoolExecutor(_HASHING_THREADS, "hash") as pool,
+            _hashing() as pool,
             self._temporary(path) as (temporary, file),
         ):
             digests = _write_hashed(file, content, pool)
@@ -236,17 +237,24 @@ class StagedDirectory:
 
     def write(self, contents: Sequence[Content]) -> list[tuple[bytes, ...]]:
         """One file after another, as a disk likes it; hashed on threads while it is written."""
-        with ThreadPoolExecutor(_HASHING_THREADS, "hash") as pool:
+        with _hashing() as pool:
             return [self._write(content, pool) for content in contents]
 
     def _write(self, content: Content, pool: ThreadPoolExecutor) -> tuple[bytes, ...]:
         with self._errors(content.name), self._new_file(content.name) as file:
             return _write_hashed(file, content, pool)
 
-    def copy(self, name: str, key: str, part_bytes: int, digests: Sequence[bytes]) -> None:
+    def copy(
+        self, name: str, key: str, size: int, part_bytes: int, digests: Sequence[bytes]
+    ) -> None:
         """A hard link, so both files are the same bytes on the disk."""
+        path = self._path(name)
         with self._store.errors(key):
-            os.link(self._store.path(key), self._path(name))
+            os.link(self._store.path(key), path)
+            found = path.stat().st_size
+            if found != size:
+                path.unlink()
+                raise StoreError(f"{self._store.url}/{key} has {found} bytes instead of {size}")
 
     def commit(self, name: str, manifest: bytes) -> None:
         with self._errors(name), self._new_file(name) as file:
@@ -296,6 +304,18 @@ def _sweep_objects(run: Path) -> list[str]:
                 path.unlink()
                 removed.append(path.name)
     return removed
+
+
+@contextlib.contextmanager
+def _hashing() -> Iterator[ThreadPoolExecutor]:
+    """Threads that hash. After an error, what has not begun is left: giving way is not to wait."""
+    pool = ThreadPoolExecutor(_HASHING_THREADS, "hash")
+    try:
+        yield pool
+    except BaseException:
+        pool.shutdown(cancel_futures=True)
+        raise
+    pool.shutdown()
 
 
 def _write_hashed(file: io.FileIO, content: Content, pool: ThreadPoolExecutor) -> tuple[bytes, ...]:

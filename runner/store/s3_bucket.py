@@ -248,12 +248,13 @@ class Bucket:
         except NotFound:
             return False
 
-    def delete_one(self, full: str) -> None:
+    def delete_one(self, full: str, patience_seconds: float | None = None) -> None:
         """Delete an object; one that is not there is no error."""
         self.ask(
             "DeleteObject",
             full,
             lambda client, one: client.delete_object(Bucket=self.name, Key=full),
+            patience_seconds=patience_seconds,
         )
 
     def delete_several(self, full: Sequence[str]) -> None:

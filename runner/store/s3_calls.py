@@ -59,10 +59,20 @@ class Try:
 
 
 class Errand:
-    """Several requests that stand or fall together: cancelling it ends them all at once."""
+    """Several requests that stand or fall together: cancelling it ends them all at once.
 
-    def __init__(self) -> None:
-        self.cancelled = False
+    One that is a part of another ends with that, but not the other way round.
+    """
+
+    def __init__(self, whole: Errand | None = None) -> None:
+        self._whole, self._cancelled = whole, False
+
+    @property
+    def cancelled(self) -> bool:
+        return self._cancelled or (self._whole is not None and self._whole.cancelled)
+
+    def cancel(self) -> None:
+        self._cancelled = True
 
 
 @dataclass
@@ -100,10 +110,15 @@ class Calls:
             self._haste += 1
             self._changed.notify_all()
 
+    @property
+    def in_haste(self) -> bool:
+        """Whether there is a deadline."""
+        return self._deadline is not None
+
     def cancel(self, errand: Errand) -> None:
         """End the requests of an errand, with StoreError where one is being waited for."""
         with self._changed:
-            errand.cancelled = True
+            errand.cancel()
             self._changed.notify_all()
 
     def ask(
@@ -118,21 +133,23 @@ class Calls:
         """What `send` returns, asked again while that may help.
 
         `send` may run on several threads at once. Raises what the last failure was judged to be:
-        within the patience, or by the deadline if there is one.
+        within the patience, or by the deadline if there is one. It never lasts longer than a
+        patience that is given here, whatever is under way then.
         """
         patience = self._patience if patience_seconds is None else patience_seconds
         begun, failures, renewed = time.monotonic(), 0, False
+        latest = None if patience_seconds is None else begun + patience_seconds
         verdict: Verdict | None = None
         while True:
             try:
-                return self._race(call, send, nbytes, errand)
+                return self._race(call, send, nbytes, errand, latest)
             except _TooLate as late:
                 # What went wrong before says more than that the time is over.
                 raise (late if verdict is None else verdict.error) from None
             except _Failed as failed:
                 verdict = failed.verdict
             failures += 1
-            limit = self._limit(begun, patience, verdict)
+            limit = self._limit(begun, patience, verdict, latest)
             if verdict.expired and not renewed:
                 renewed = True
                 self._renew()
@@ -141,7 +158,9 @@ class Calls:
                 raise verdict.error
             log.debug("%s: %s once more: %s", call.where, call.operation, verdict.error)
 
-    def _limit(self, begun: float, patience: float, verdict: Verdict) -> float | None:
+    def _limit(
+        self, begun: float, patience: float, verdict: Verdict, latest: float | None
+    ) -> float | None:
         """Until when a failed request may be asked again; None if that is of no use."""
         if verdict.again is Again.NEVER:
             return None
@@ -150,7 +169,14 @@ class Calls:
         deadline = self._deadline
         if deadline is None:
             return limit
-        return min(limit, deadline) if shortly else deadline
+        return min(limit, deadline) if shortly or latest is not None else deadline
+
+    def _end(self, latest: float | None) -> float | None:
+        """When a call ends that may last until `latest`, as far as that is settled."""
+        deadline = self._deadline
+        if deadline is None or latest is None:
+            return latest if deadline is None else deadline
+        return min(deadline, latest)
 
     def _pause(self, failures: int, limit: float, errand: Errand | None) -> bool:
         """Wait before the next try: exponentially longer, with full jitter. False: no time left."""
@@ -170,12 +196,22 @@ class Calls:
 
     # ------------------------------------------------------------------ tries side by side
 
-    def _race(self, call: Call, send: Callable[[Try], T], nbytes: int, errand: Errand | None) -> T:
+    def _race(
+        self,
+        call: Call,
+        send: Callable[[Try], T],
+        nbytes: int,
+        errand: Errand | None,
+        latest: float | None,
+    ) -> T:
         """The first result of one try, or of several if it is overdue and time is short."""
         race: _Race[T] = _Race()
         kind = (call.operation, (nbytes >> 20).bit_length())
-        if self._deadline is not None and time.monotonic() >= self._deadline:
+        end = self._end(latest)
+        if end is not None and time.monotonic() >= end:
             raise _TooLate(f"{call.where}: there is no time left for {call.operation}")
+        if errand is not None and errand.cancelled:
+            raise _called_off(call)
         self._start(race, call, send, kind)
         verdict: Verdict | None = None
         with self._changed:
@@ -186,8 +222,8 @@ class Calls:
                     if _is_final(verdict) or not race.running:
                         break
                     if errand is not None and errand.cancelled:
-                        raise StoreError(f"{call.where}: {call.operation} was called off")
-                    wait = self._wait_seconds(race, call, kind)
+                        raise _called_off(call)
+                    wait = self._wait_seconds(race, call, kind, latest)
                     if wait is not None and wait <= 0:
                         self._start(race, call, send, kind)
                         continue
@@ -207,15 +243,18 @@ class Calls:
         log.debug("%s: %s failed: %s", call.where, call.operation, code_of(failure))
         return self._judge(failure, call)
 
-    def _wait_seconds(self, race: _Race[T], call: Call, kind: tuple[str, int]) -> float | None:
+    def _wait_seconds(
+        self, race: _Race[T], call: Call, kind: tuple[str, int], latest: float | None
+    ) -> float | None:
         """How long to wait for the tries under way before another; None: as long as they take."""
-        if self._deadline is None:
+        end = self._end(latest)
+        if end is None:
             return None
         now = time.monotonic()
-        if now >= self._deadline:
+        if now >= end:
             raise _TooLate(f"{call.where}: {call.operation} has not ended by its deadline")
-        left = self._deadline - now
-        if len(race.tries) >= _MOST_TRIES_AT_ONCE:
+        left = end - now
+        if not self.in_haste or len(race.tries) >= _MOST_TRIES_AT_ONCE:
             return left
         return min(left, race.begun + self._overdue_seconds(kind) - now)
 
@@ -264,6 +303,10 @@ class Calls:
 
 def _is_final(verdict: Verdict | None) -> bool:
     return verdict is not None and verdict.again is Again.NEVER
+
+
+def _called_off(call: Call) -> StoreError:
+    return StoreError(f"{call.where}: {call.operation} was called off")
 
 
 class _TooLate(StoreError):

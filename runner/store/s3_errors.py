@@ -175,6 +175,9 @@ def _judge_answer(error: boto.ClientError, call: Call, endpoint: str) -> Verdict
     if known is not None:
         return known
     answer = f"{call.where}: the server answers {call.operation} with {code or status}"
+    if call.operation == "AbortMultipartUpload" and status == 409:
+        # Another is just ending it, or completing it: Ceph says BucketAlreadyExists then.
+        return Verdict(Again.LATER, StoreError(answer))
     if code in _DAMAGED:
         return Verdict(Again.SHORTLY, StoreError(f"{answer}: the bytes do not arrive as sent"))
     if code in _BUSY or status >= 500 or status in (408, 429):

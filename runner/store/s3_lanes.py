@@ -6,6 +6,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+from runner.errors import StoreError
+
 Job = Callable[[], int]
 
 FEWEST = 4
@@ -96,6 +98,8 @@ class _Run:
                 self._changed.wait()
         if self._error is not None:
             raise self._error
+        if not self._exhausted:
+            raise StoreError("not all that was to be stored was taken in hand")
 
     def _open_lane(self) -> None:
         self._lanes += 1
@@ -105,8 +109,9 @@ class _Run:
             self._lane()
 
     def _lane(self) -> None:
+        has_left = False
         try:
-            while (job := self._next()) is not None:
+            while not (has_left := self._leaves()) and (job := self._next()) is not None:
                 nbytes = job()
                 del job  # and with it the part, which may have memory of its own
                 self._note(nbytes)
@@ -117,14 +122,23 @@ class _Run:
             if first:
                 self._call_off()
         finally:
-            with self._changed:
-                self._lanes -= 1
-                self._changed.notify_all()
+            if not has_left:
+                with self._changed:
+                    self._lanes -= 1
+                    self._changed.notify_all()
+
+    def _leaves(self) -> bool:
+        """Whether this lane is one too many. It is counted out at once, so that others stay."""
+        with self._changed:
+            if self._lanes <= self._pace.width:
+                return False
+            self._lanes -= 1
+            return True
 
     def _next(self) -> Job | None:
-        """The next job, if this lane goes on; another lane is opened while there is work for it."""
+        """The next job, if there is any; another lane is opened while there is work for it."""
         with self._taking:
-            if self._exhausted or self._error is not None or self._lanes > self._pace.width:
+            if self._exhausted or self._error is not None:
                 return None
             job = next(self._jobs, None)
             if job is None:
