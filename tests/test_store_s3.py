@@ -19,6 +19,7 @@ from servers.faultproxy import Fault, FaultProxy
 from servers.fixtures import S3Server
 from waiting import wait_until
 
+from runner.checkpoint.outputs import Outputs
 from runner.errors import NotFound, StoreDenied, StoreError, StoreUnfit, UsageError
 from runner.store import Content, Part, S3Options
 from runner.store.s3 import S3Store
@@ -705,3 +706,14 @@ def test_what_new_objects_are_to_be_is_asked_for(open_s3: Open, s3: S3Server, pr
     for write in (lambda: refused.replace("run/a", b"x"), lambda: save(refused)):
         with pytest.raises(StoreUnfit, match="storage_class"):
             write()
+
+
+def test_an_output_that_a_kill_has_cut_off_is_ended_by_the_next_attempt(
+    open_s3: Open, s3: S3Server, prefix: str, tmp_path: Path
+) -> None:
+    begin_upload(s3, f"{prefix}/run/outputs/events")
+    begin_upload(s3, f"{prefix}/run/checkpoints/live/model")
+
+    assert Outputs(open_s3(), "run", tmp_path / "here", 1 << 30).bring_back() == []
+
+    assert s3.uploads(f"{prefix}/") == [f"{prefix}/run/checkpoints/live/model"]

@@ -27,7 +27,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from runner.checkpoint.format import part_bytes_for
-from runner.errors import NotFound
+from runner.errors import NotFound, StoreError
 from runner.regular import open_folder_below, open_regular
 from runner.spool import give_to
 from runner.store import Content, Part, Store, Stored
@@ -94,8 +94,13 @@ class Outputs:
         """Fetch what an earlier attempt has stored, where this node has nothing; the paths.
 
         A file that is not the one that was stored is left out, with a warning; one that an attempt
-        has stored whole, and was killed before it could say so, is taken. Raises StoreError.
+        has stored whole, and was killed before it could say so, is taken. What a kill has cut off
+        on its way into the store is removed there. Raises StoreError.
         """
+        try:
+            self._store.sweep(f"{self._run_id}/outputs", lambda name: True)
+        except StoreError as error:
+            log.debug("what was cut off of the run's own files stays: %s", error)
         if self._folder.is_dir() and any(self._folder.iterdir()):
             return []
         brought = []
