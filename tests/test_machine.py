@@ -12,11 +12,10 @@ from hypothesis import strategies as st
 from runner import exitcodes
 from runner.board import Request, Why
 from runner.saves import SaveRecord
-from runner.supervisor.events import ChildEnded, Persisted, Validated
-from runner.supervisor.machine import (
-    TERMINAL,
+from runner.supervisor.events import (
     Action,
     Ask,
+    ChildEnded,
     Claim,
     Claimed,
     Drained,
@@ -35,10 +34,9 @@ from runner.supervisor.machine import (
     MemoryShort,
     Notice,
     Overslept,
+    Persisted,
     PersistLeft,
     PersistNewest,
-    Phase,
-    Policy,
     PreparationFailed,
     Progressed,
     Relay,
@@ -51,15 +49,14 @@ from runner.supervisor.machine import (
     Say,
     StacksAsked,
     StacksShown,
-    State,
     StopAsked,
     StoreGone,
     Tick,
     Unhealthy,
+    Validated,
     Worked,
-    begin,
-    step,
 )
+from runner.supervisor.machine import TERMINAL, Phase, Policy, State, begin, step
 
 GRACE = 30.0
 POLICY = Policy(grace_seconds=GRACE, failures=5, hang_timeout_seconds=600.0)

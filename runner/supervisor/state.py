@@ -7,6 +7,7 @@ from enum import Enum
 
 from runner import exitcodes
 from runner.board import Why
+from runner.supervisor.events import Action
 from runner.supervisor.hangs import Rhythm
 
 
@@ -147,3 +148,7 @@ class State:
     def lost_steps(self) -> int:
         """Steps that have been made and are not durable."""
         return max(0, self.step - max(0, self.kept_step))
+
+
+Step = tuple[State, list[Action]]
+"""The state after an event, and what is to be done."""
