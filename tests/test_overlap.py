@@ -29,6 +29,8 @@ class LateDevice:
 
     def register(self, memory: mmap.mmap) -> None: ...
 
+    def unregister(self, memory: mmap.mmap) -> None: ...
+
     def copy_now(self, pairs: Sequence[Pair]) -> None:
         for place, tensor in pairs:
             place.copy_(tensor)

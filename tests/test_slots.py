@@ -13,6 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 from slots import read_slot
+from waiting import wait_until
 
 from runner.checkpoint.claims import Claims
 from runner.checkpoint.manifest import Moment
@@ -48,6 +49,18 @@ def small(tmp_path: Path) -> Iterator[RankSpool]:
         yield RankSpool(mount / "rank-00000", disk=tmp_path / "disk")
     finally:
         subprocess.run(["umount", "-l", mount], check=True)
+
+
+@pytest.fixture
+def cramped(rank: RankSpool, monkeypatch: pytest.MonkeyPatch) -> RankSpool:
+    """A rank whose slots may take 24 MiB in memory, and the kernel kills for more."""
+    monkeypatch.setattr(slots, "available_bytes", lambda folder: 24 * MIB - held_bytes(rank))
+    return rank
+
+
+def held_bytes(rank: RankSpool) -> int:
+    files = [path for path in rank.folder.glob("slot-?") if not path.is_symlink()]
+    return 512 * sum(path.stat().st_blocks for path in files)
 
 
 def resident_pages(path: Path) -> int:
@@ -165,6 +178,120 @@ def test_a_claimed_slot_is_not_moved_to_disk_under_its_reader(
     assert rank.slot_path(0).stat().st_size == MIB
 
 
+# ---------------------------------------------------------------- a state that grows
+
+
+GROWTH = {
+    "one slot is enough for it": ([10, 10, 10, 16, 16], "there is 1 in memory"),
+    "one slot is, after all that the others hold is had": ([5, 5, 5, 21, 21], "1 in memory"),
+    "memory has no slot for it": ([10, 10, 10, 30, 30], "one on disk"),
+    "first there is one slot, then none": ([10, 10, 15, 15, 15], "1 in memory"),
+}
+
+
+@pytest.mark.parametrize(("sizes", "words"), GROWTH.values(), ids=GROWTH)
+def test_a_state_that_grows_where_memory_is_short_costs_neither_a_kill_nor_the_newest_one(
+    cramped: RankSpool, caplog: pytest.LogCaptureFixture, sizes: list[int], words: str
+) -> None:
+    trainer, taken = Trainer(cramped, 2), 0
+
+    for step, mebibytes in enumerate(sizes, start=1):
+        if trainer.save(step, mebibytes=mebibytes):
+            taken = step
+        assert [m.moment["step"] for m in cramped.complete()][-1] == taken
+        assert held_bytes(cramped) <= 24 * MIB
+
+    assert len(caplog.records) == 1
+    assert words in caplog.text
+    if trainer.memory.on_disk:
+        assert taken == 4, "from then on there are snapshots to save them, and no others"
+        assert held_bytes(cramped) == 0, "what was the newest is not, and is given back"
+    else:
+        assert taken == len(sizes)
+
+
+def test_a_slot_that_is_too_many_is_given_back_when_it_is_persisted(cramped: RankSpool) -> None:
+    trainer, claims = Trainer(cramped, 2), Claims(cramped)
+    assert trainer.save(1, "best", mebibytes=10)
+    assert trainer.save(2, mebibytes=10)
+
+    assert not trainer.save(3, mebibytes=16), "step 1 must still be persisted"
+    assert [m.moment["step"] for m in cramped.complete()] == [1, 2]
+    assert claims.take(0) is not None
+    assert not trainer.save(4, mebibytes=16)
+    claims.release(0, must=False)
+    assert trainer.save(5, mebibytes=16)
+
+    assert [m.moment["step"] for m in cramped.complete()] == [5]
+    assert held_bytes(cramped) < 17 * MIB
+
+
+def test_a_save_that_must_be_takes_over_what_the_interval_asked_for_before_it(
+    cramped: RankSpool,
+) -> None:
+    """Else a store that is out of reach would keep the memory that the newest state needs."""
+    trainer = Trainer(cramped, 2)
+    assert trainer.save(1, "interval", mebibytes=10)
+    assert trainer.save(2, mebibytes=10)
+
+    assert trainer.save(3, "preemption", mebibytes=16)
+
+    (marker,) = cramped.complete()
+    assert marker.moment["triggers"] == ["interval", "preemption"]
+
+
+@pytest.mark.parametrize(("mebibytes", "left"), [(5, 2), (9, 7)])
+def test_memory_that_is_given_back_is_mapped_by_nobody(
+    small: RankSpool, mebibytes: int, left: int
+) -> None:
+    trainer = Trainer(small, 2)
+    for step in (1, 2, 3):
+        assert trainer.save(step, mebibytes=3)
+    assert trainer.save(4, mebibytes=mebibytes), "at once, and with what the others had"
+
+    assert [m.moment["step"] for m in small.complete()] == [4]
+    free = os.statvfs(small.folder)
+    assert free.f_bavail * free.f_frsize > left * MIB
+
+
+def test_a_later_attempt_has_its_slots_in_memory_again(cramped: RankSpool) -> None:
+    trainer = Trainer(cramped, 2)
+    for step in (1, 2, 3):
+        trainer.save(step, mebibytes=10)
+    trainer.save(4, mebibytes=30)
+    assert cramped.slots() == list(trainer.memory.planned)
+
+    later = Trainer(cramped, 2)
+    later.memory.expect(6 * MIB)
+    wait_until(later.memory.is_ready, what="the slots")
+    assert later.save(5, mebibytes=5)
+
+    assert not later.memory.on_disk
+    assert [m.moment["step"] for m in cramped.complete()] == [5]
+    assert cramped.slots() == sorted(later.memory.planned)
+
+
+# what the slots hold in MiB, newest first; the size that is wanted, what is available; what is kept
+KEPT = {
+    "all fit": ([10, 10], 10, 0, 2),
+    "all fit, grown": ([10, 10], 12, 5, 2),
+    "the older one makes room": ([10, 10], 12, 4, 1),
+    "a third one that is not planned makes room, too": ([10, 10, 5], 12, 0, 2),
+    "the tenth that is left to the training": ([10, 10], 20, 0, 0),
+    "just so": ([10, 10], 19, 0, 1),
+    "none": ([10, 10], 30, 4, 0),
+    "there are none yet": ([0, 0], 10, 23, 2),
+    "there are none yet, and there is room for one": ([0, 0], 10, 15, 1),
+    "larger ones than are wanted": ([30, 30], 10, 0, 2),
+}
+
+
+@pytest.mark.parametrize(("held", "size", "available", "kept"), KEPT.values(), ids=KEPT)
+def test_so_many_slots_are_kept(held: list[int], size: int, available: int, kept: int) -> None:
+    sizes = {slot: mebibytes * MIB for slot, mebibytes in enumerate(held)}
+    assert slots.slots_to_keep([0, 1], sizes, size * MIB, available * MIB) == kept
+
+
 # ---------------------------------------------------------------- a kill inside a copy
 
 
@@ -181,6 +308,8 @@ class MortalDevice:
         return True
 
     def register(self, memory: mmap.mmap) -> None: ...
+
+    def unregister(self, memory: mmap.mmap) -> None: ...
 
     def copy_now(self, pairs: Sequence[Pair]) -> None:
         for place, tensor in pairs:
@@ -202,13 +331,16 @@ class Trainer:
     def __init__(self, rank: RankSpool, count: int) -> None:
         self.device = MortalDevice()
         overlap = Overlap(self.device, [], enabled=False)
-        memory = SlotMemory(rank, count)
-        self._writer = SnapshotWriter(rank, memory, overlap, alive=lambda: None)
+        self.memory = SlotMemory(rank, count)
+        self._writer = SnapshotWriter(rank, self.memory, overlap, alive=lambda: None)
 
-    def save(self, step: int, *triggers: str) -> bool:
+    def save(self, step: int, *triggers: str, mebibytes: int = 0) -> bool:
+        """With `mebibytes` more than the state has by itself."""
         sink = TensorSink()
         for name, tensor in state_at(step).items():
             sink.add(tensor, f"model.{name}")
+        if mebibytes:
+            sink.add(torch.full((mebibytes * MIB,), step, dtype=torch.uint8), "model.more")
         created_at = "2025-11-21T05:46:00+00:00"
         moment = Moment(1, step, step, 0, step, created_at=created_at, triggers=triggers)
         return self._writer.take(moment, {"step": step}, sink, {}, beside=False)

@@ -23,11 +23,12 @@ A slot without a marker does not exist.
 from __future__ import annotations
 
 from runner.spool.files import Owner, give_to, is_locked, read_json
-from runner.spool.rank import FACTS_FILE, RankSpool
+from runner.spool.rank import ALL_SLOTS, FACTS_FILE, RankSpool
 from runner.spool.slots import Marker, Weights, open_slot, read_marker, view_slot
 from runner.spool.whole import SPOOL_PREFIX, Spool, new_owner, spool_path
 
 __all__ = [
+    "ALL_SLOTS",
     "FACTS_FILE",
     "SPOOL_PREFIX",
     "Marker",

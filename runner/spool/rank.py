@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
+import os
 import re
+import stat
 from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +18,7 @@ from runner.spool.files import Owner, dump, give_to, locked, put, read_json
 from runner.spool.slots import Marker, open_slot, read_marker
 
 FACTS_FILE = "facts.json"  # where a checkpoint comes from, as far as only the trainer knows
-_MOST_SLOTS = 10
+ALL_SLOTS = range(10)  # a job has 8 in memory at most, so one on disk has a place beside them
 _SLOT_MARKER = re.compile(r"slot-([0-9])\.json")
 
 
@@ -55,10 +58,26 @@ class RankSpool:
         """Map a slot for writing, as `open_slot` does; a new one belongs to the owner."""
         return open_slot(path, nbytes, self.owner)
 
+    def slots(self) -> list[int]:
+        """Those that there are, whatever is in them."""
+        return [slot for slot in ALL_SLOTS if os.path.lexists(self.folder / f"slot-{slot}")]
+
+    def is_on_disk(self, slot: int) -> bool:
+        return (self.folder / f"slot-{slot}").is_symlink()
+
+    def memory_of(self, slot: int) -> int:
+        """The bytes that a slot has in memory; 0 if it is on disk, or there is none."""
+        try:
+            status = (self.folder / f"slot-{slot}").lstat()
+        except OSError:
+            return 0
+        return status.st_size if stat.S_ISREG(status.st_mode) else 0
+
     def put_on_disk(self, slot: int) -> bool:
         """Let a slot be a file in `disk`, where memory is too short for it. Its content is lost.
 
         False, and nothing is done, while the supervisor has it claimed, or where there is no disk.
+        Raises SpoolFull where not even the link can be made.
         """
         path = self.folder / f"slot-{slot}"
         if path.is_symlink():
@@ -69,7 +88,23 @@ class RankSpool:
         give_to(self.disk, self.owner)
         self.withdraw(slot)
         path.unlink(missing_ok=True)
-        path.symlink_to(self.disk / self._name_on_disk(slot))
+        try:
+            path.symlink_to(self.disk / self._name_on_disk(slot))
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise SpoolFull(f"{self.folder} is full") from error
+        return True
+
+    def remove_slot(self, slot: int) -> bool:
+        """Give back what a slot takes, in memory or on disk, with all that it holds.
+
+        False, and nothing is done, while the supervisor has it claimed.
+        """
+        if not self.withdraw(slot) and self.is_claimed(slot):
+            return False
+        self.slot_path(slot).unlink(missing_ok=True)
+        (self.folder / f"slot-{slot}").unlink(missing_ok=True)
         return True
 
     def remove_disk_slots(self) -> None:
@@ -78,7 +113,7 @@ class RankSpool:
         Who does not know the disk, long after the run, asks the link; one to what has no such name
         is none of ours, and what it leads to is left alone.
         """
-        for slot in range(_MOST_SLOTS):
+        for slot in ALL_SLOTS:
             path, name = self.folder / f"slot-{slot}", self._name_on_disk(slot)
             if not path.is_symlink():
                 continue

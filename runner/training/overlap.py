@@ -38,6 +38,9 @@ class CopyEngine(Protocol):
     def register(self, memory: mmap.mmap) -> None:
         """Page-lock host memory, so that the device can write to it by itself."""
 
+    def unregister(self, memory: mmap.mmap) -> None:
+        """Let go of host memory, page-locked or not."""
+
     def copy_now(self, pairs: Sequence[Pair]) -> None:
         """Copy, and return when it is done."""
 
@@ -70,6 +73,11 @@ class CudaEngine:
             self._registered[address] = memory  # keeps it mapped for as long as it is locked
         else:
             log.warning("a slot cannot be page-locked (%s): copies will be slower", status)
+
+    def unregister(self, memory: mmap.mmap) -> None:
+        address = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
+        if self._registered.pop(address, None) is not None:
+            torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]
 
     def copy_now(self, pairs: Sequence[Pair]) -> None:
         for place, tensor in pairs:
@@ -238,6 +246,9 @@ class HostEngine:
 
     def register(self, memory: mmap.mmap) -> None:
         """Nothing to lock."""
+
+    def unregister(self, memory: mmap.mmap) -> None:
+        """Nothing is locked."""
 
     def copy_now(self, pairs: Sequence[Pair]) -> None:
         assert not pairs

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import mmap
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -118,6 +118,7 @@ class SnapshotWriter:
                     weights=weights if not triggers else None,
                 )
             )
+            self._shed()  # what was the newest until now may be one too many
 
         with torch.no_grad():
             self._overlap.copy(_pairs(slot.places, sink), publish, beside=beside)
@@ -141,24 +142,38 @@ class SnapshotWriter:
         nothing but a later `full` save, if an interval was the only reason for it; that save takes
         it first, so that a store that is out of reach leaves a slot for the newest state. Its
         memory is had before its marker goes: where there is no room, what it holds stays complete.
+        What is not in the plan any more is given back before anything grows.
         """
+        passed_on: tuple[str, ...] = ()
         while True:
+            self._slots.plan_for(nbytes)
             complete = {marker.slot: marker for marker in self._rank.complete()}
-            free = [i for i in range(self._slots.count) if i not in complete]
+            free = [i for i in sorted(self._slots.planned) if i not in complete]
             due = {i: tuple(m.moment["triggers"]) for i, m in complete.items() if m.must}
             outdated = [i for i in due if must and full and due[i] == ("interval",)]
             unneeded = [i for i in complete if i not in due]
+            for index in self._shed(outdated):
+                passed_on += due.get(index, ())
             for index in [*free, *outdated, *unneeded]:
-                inherited = due.get(index, ())
-                if index >= self._slots.count or self._rank.is_claimed(index):
+                if index not in self._slots.planned or self._rank.is_claimed(index):
+                    continue
+                if not self._slots.has_room(index, nbytes):
                     continue
                 self._slots.get(index, nbytes)
                 if self._rank.withdraw(index) or not self._rank.is_claimed(index):
-                    return index, inherited
+                    return index, (*passed_on, *due.get(index, ()))
             if not must:
                 return None
             self._alive()
             time.sleep(_POLL_SECONDS)
+
+    def _shed(self, outdated: Collection[int] = ()) -> list[int]:
+        """Give back slots that are too many: their memory is had when nobody has it mapped."""
+        gone = self._slots.shed(outdated)
+        for memory in self._slots.dropped():
+            self._mapped = {i: m for i, m in self._mapped.items() if m.memory is not memory}
+            self._overlap.engine.unregister(memory)
+        return gone
 
     def _plan_for(self, sink: TensorSink) -> _Plan:
         signature = tuple(
