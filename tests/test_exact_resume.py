@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
+import os
 import random
 import subprocess
 import sys
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -1632,6 +1634,7 @@ def test_the_best_checkpoint_can_be_loaded_into_the_live_objects() -> None:
         steps = kit.optimizer.state_dict()["state"]
         draw = torch.random.get_rng_state()
         loaded = run.load("best", components=["model"])
+        life.fact("held", (Path(os.environ["RUNNER_SPOOL"]) / "rank-00000" / "fetched").exists())
         assert kit.optimizer.state_dict()["state"] == steps
         assert torch.equal(torch.random.get_rng_state(), draw)
         with pytest.raises(UnknownName, match="optimiser"):
@@ -1645,6 +1648,7 @@ def test_the_best_checkpoint_can_be_loaded_into_the_live_objects() -> None:
         played = play(script, *strikes, best=BestMetric("val"))
         loaded, live, saved = played.result
         assert live == saved
+        assert played.lives[-1].facts["held"] is False
         assert (loaded.step, loaded.epoch, loaded.triggers) == (2 * BATCHES, 2, ("best",))
         assert loaded.metrics["val"] == 0.1
 

@@ -1114,6 +1114,38 @@ def test_a_saved_checkpoint_is_brought_into_the_spool(node: Node) -> None:
     assert node.rank.complete() == slots
 
 
+@pytest.fixture
+def memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runner.checkpoint.keeper.available_bytes", lambda folder: 0)
+
+
+@pytest.mark.usefixtures("memory_is_short")
+def test_what_there_is_no_memory_for_is_answered_with_an_error(node: Node) -> None:
+    commit(node.directory, snapshot(save=1))
+    (node.rank.folder / "fetched").write_bytes(bytes(100))
+
+    assert "there is no memory" in ask(node, "latest")["error"]
+
+    assert not (node.rank.folder / "fetched").exists()
+
+
+@pytest.mark.usefixtures("memory_is_short")
+def test_what_there_is_no_memory_for_is_brought_to_the_disk(node: Node, tmp_path: Path) -> None:
+    node.spool.close()
+    node.spool = Spool(node.spool.path, disk=tmp_path / "disk")
+    node.spool.open()
+    node.start()
+    commit(node.directory, snapshot(save=1))
+
+    reply = ask(node, "latest")
+
+    assert (node.rank.folder / "fetched").is_symlink()
+    assert len(list((tmp_path / "disk").iterdir())) == 1
+    assert fetched(node, reply) == snapshot(save=1).files
+    node.spool.remove()
+    assert list((tmp_path / "disk").iterdir()) == []
+
+
 def test_one_that_is_still_on_its_way_is_persisted_first(node: Node) -> None:
     fill(node.rank, 0, snapshot(save=1), must=True)
 
@@ -1143,6 +1175,7 @@ def test_a_store_that_refuses_is_answered_with_an_error(node: Node) -> None:
     node.store.refused = {"fetch"}
 
     assert "fetch is refused" in ask(node, "latest")["error"]
+    assert not (node.rank.folder / "fetched").exists()
 
 
 def test_a_fenced_supervisor_answers_and_ends(node: Node) -> None:

@@ -327,10 +327,14 @@ def test_an_attempt_begins_without_messages_and_with_the_complete_slots(rank: Ra
     marker = fill(rank, 0, NEW)
     for name in ("restore.json", "fetch.json", "fetched.json"):
         rank.send(name, {"number": 1})
+    rank.put_fetched_on_disk()
+    rank.open_slot(rank.fetched_path, 100)
 
     board = rank.prepare()
 
     assert files(rank) == ["board", "slot-0", "slot-0.json"]
+    assert rank.disk is not None
+    assert list(rank.disk.iterdir()) == []
     assert rank.complete() == [marker]
     assert board.progress == 0
 

@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from runner.checkpoint import format as fmt
@@ -250,13 +249,22 @@ class Keeper:
     def _slot_memory(self, nbytes: int) -> memoryview:
         """Room for a checkpoint: in memory where there is enough, else on disk."""
         path = self._rank.slot_path(0)
-        held = path.stat().st_size if path.exists() else 0
-        room = slots_that_fit(1, nbytes, available_bytes(self._rank.folder), held)
-        if self._rank.disk is not None and (self._always_disk or not room):
+        if self._goes_to_disk(nbytes, path.stat().st_size if path.exists() else 0):
             self._rank.put_on_disk(0)
-        elif not room:
-            raise SpoolFull(f"there is no memory for a checkpoint of {nbytes / 1e6:.0f} MB")
         return memoryview(self._rank.open_slot(self._rank.slot_path(0), nbytes))
+
+    def _fetched_memory(self, nbytes: int) -> memoryview:
+        """The same for one that the trainer has asked for."""
+        if self._goes_to_disk(nbytes):
+            self._rank.put_fetched_on_disk()
+        return memoryview(self._rank.open_slot(self._rank.fetched_path, nbytes))
+
+    def _goes_to_disk(self, nbytes: int, held: int = 0) -> bool:
+        """Asked before anything is reserved: a reservation past a cgroup's limit is a kill."""
+        room = slots_that_fit(1, nbytes, available_bytes(self._rank.folder), held)
+        if self._rank.disk is None and not room:
+            raise SpoolFull(f"there is no memory for a checkpoint of {nbytes / 1e6:.0f} MB")
+        return self._rank.disk is not None and (self._always_disk or not room)
 
     def _hold(self, loaded: Loaded, facts: Mapping[str, Any]) -> tuple[Marker, Moment]:
         marker = marker_of(0, loaded, facts)
@@ -433,14 +441,16 @@ class Keeper:
     def _reply(self, request: Mapping[str, Any], reply: Mapping[str, Any]) -> None:
         self._rank.send("fetched.json", {"number": request.get("number"), **reply})
 
-    def _room_at(self, path: Path) -> Callable[[int], memoryview]:
-        return lambda nbytes: memoryview(self._rank.open_slot(path, nbytes))
-
     def _fetch(self, which: str) -> Mapping[str, Any]:
         manifest = self._find(self._archive, which)
-        path = self._rank.folder / "fetched"
-        loaded = load(self._archive, manifest, self._room_at(path))
+        self._rank.remove_fetched()  # of a trainer that ended before it had loaded it
+        try:
+            loaded = load(self._archive, manifest, self._fetched_memory)
+        except BaseException:
+            self._rank.remove_fetched()
+            raise
         if loaded is None:
+            self._rank.remove_fetched()
             self._persister.look_again()
             raise NoValidCheckpoint(f"{manifest.name} is not sound and was put into quarantine")
         return asdict(marker_of(0, loaded, {}))

@@ -13,6 +13,7 @@
         slot-0.claimed.json      the same, while the supervisor persists or restores from it
         restore.json             the claimed slot that the next attempt begins from
         fetch.json, fetched.json a request for a saved checkpoint, and the answer to it
+        fetched                  that checkpoint, until it is loaded; on disk it is a link, as slots
 
 A rename hands a slot over. The trainer renames a marker into place when its copy has ended, the
 supervisor claims it by renaming it away, and gives it back or removes it. Before the trainer

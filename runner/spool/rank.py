@@ -19,6 +19,7 @@ from runner.spool.slots import Marker, open_slot, read_marker
 
 FACTS_FILE = "facts.json"  # where a checkpoint comes from, as far as only the trainer knows
 ALL_SLOTS = range(10)  # a job has 8 in memory at most, so one on disk has a place beside them
+_FETCHED = "fetched"
 _SLOT_MARKER = re.compile(r"slot-([0-9])\.json")
 
 
@@ -45,14 +46,22 @@ class RankSpool:
 
         The other side can let a link lead to any file.
         """
-        path = self.folder / f"slot-{slot}"
+        return self._place(f"slot-{slot}")
+
+    @property
+    def fetched_path(self) -> Path:
+        """Where the content of a checkpoint is that the trainer has asked for, as for a slot."""
+        return self._place(_FETCHED)
+
+    def _place(self, name: str) -> Path:
+        path = self.folder / name
         if self._disk_here is not None and path.is_symlink():
-            return self._disk_here / self._name_on_disk(slot)
+            return self._disk_here / self._name_on_disk(name)
         return path
 
-    def _name_on_disk(self, slot: int) -> str:
+    def _name_on_disk(self, name: str) -> str:
         """The same on both sides, which may call the spool by other names."""
-        return f"{self.folder.name}-slot-{slot}"
+        return f"{self.folder.name}-{name}"
 
     def open_slot(self, path: Path, nbytes: int) -> mmap.mmap:
         """Map a slot for writing, as `open_slot` does; a new one belongs to the owner."""
@@ -79,22 +88,30 @@ class RankSpool:
         False, and nothing is done, while the supervisor has it claimed, or where there is no disk.
         Raises SpoolFull where not even the link can be made.
         """
-        path = self.folder / f"slot-{slot}"
-        if path.is_symlink():
+        if self.is_on_disk(slot):
             return True
-        if self.disk is None or self._disk_here is None or self.is_claimed(slot):
+        if self.disk is None or self.is_claimed(slot):
             return False
-        self._disk_here.mkdir(mode=0o700, exist_ok=True)
-        give_to(self.disk, self.owner)
         self.withdraw(slot)
+        self._link_to_disk(f"slot-{slot}", self.disk)
+        return True
+
+    def put_fetched_on_disk(self) -> None:
+        """The same for what the trainer has asked for; nothing is done where there is no disk."""
+        if self.disk is not None and not (self.folder / _FETCHED).is_symlink():
+            self._link_to_disk(_FETCHED, self.disk)
+
+    def _link_to_disk(self, name: str, disk: Path) -> None:
+        path = self.folder / name
+        (self._disk_here or disk).mkdir(mode=0o700, exist_ok=True)
+        give_to(disk, self.owner)
         path.unlink(missing_ok=True)
         try:
-            path.symlink_to(self.disk / self._name_on_disk(slot))
+            path.symlink_to(disk / self._name_on_disk(name))
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             raise SpoolFull(f"{self.folder} is full") from error
-        return True
 
     def remove_slot(self, slot: int) -> bool:
         """Give back what a slot takes, in memory or on disk, with all that it holds.
@@ -113,13 +130,18 @@ class RankSpool:
         Who does not know the disk, long after the run, asks the link; one to what has no such name
         is none of ours, and what it leads to is left alone.
         """
-        for slot in ALL_SLOTS:
-            path, name = self.folder / f"slot-{slot}", self._name_on_disk(slot)
+        for name in (*(f"slot-{slot}" for slot in ALL_SLOTS), _FETCHED):
+            path, on_disk = self.folder / name, self._name_on_disk(name)
             if not path.is_symlink():
                 continue
-            target = path.readlink() if self.disk is None else self.disk / name
-            if target.name == name:
+            target = path.readlink() if self.disk is None else self.disk / on_disk
+            if target.name == on_disk:
                 target.unlink(missing_ok=True)
+
+    def remove_fetched(self) -> None:
+        """Give back what was fetched for the trainer; who has it mapped keeps it until then."""
+        self.fetched_path.unlink(missing_ok=True)
+        (self.folder / _FETCHED).unlink(missing_ok=True)
 
     # ------------------------------------------------------------------ the trainer's side
 
@@ -159,6 +181,7 @@ class RankSpool:
         self.folder.mkdir(mode=0o700, exist_ok=True)
         for name in ("restore.json", "fetch.json", "fetched.json"):
             (self.folder / name).unlink(missing_ok=True)
+        self.remove_fetched()
         path = self.folder / "board"
         # A new file: a process that still has the old one mapped writes into nothing.
         put(path, blank_board(), self.owner)

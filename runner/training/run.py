@@ -163,9 +163,13 @@ class Run:
         `which` is `best`, `latest`, a step or a checkpoint's name; all components by default.
         Raises RestoreError if there is none or it does not fit, UnknownName for a component.
         """
-        saved = self._course.session.fetch(which)
-        names = list(self._course.state.components) if components is None else components
-        self._course.state.load(saved.document, saved.source, names)
+        session = self._course.session
+        try:
+            saved = session.fetch(which)
+            names = list(self._course.state.components) if components is None else components
+            self._course.state.load(saved.document, saved.source, names)
+        finally:
+            session.rank.remove_fetched()  # else a whole state is held for the rest of the run
         moment = saved.moment
         return ResumedFrom(moment.step, moment.epoch, moment.triggers, moment.metrics)
 

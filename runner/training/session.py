@@ -188,7 +188,7 @@ class Session:
         if "error" in reply:
             raise RestoreError(f"checkpoint {which!r}: {reply['error']}")
         del reply["number"]
-        return open_saved(self.rank.folder / "fetched", Marker(**reply))
+        return open_saved(self.rank.fetched_path, Marker(**reply))
 
     def _must_have_supervisor(self, what: str) -> None:
         if self._deserted:
