@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,7 +10,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import safetensors.numpy
+from children import Children
 from slots import (
     RUN,
     RefusingStore,
@@ -26,6 +30,7 @@ from waiting import wait_until
 from runner.checkpoint import persist as persist_module
 from runner.checkpoint.archive import Archive
 from runner.checkpoint.attempts import Ledger
+from runner.checkpoint.format import part_bytes_for
 from runner.checkpoint.keeper import Keeper, Origin, Resumption, Saved
 from runner.checkpoint.persist import Persister
 from runner.checkpoint.retention import Keep
@@ -403,6 +408,40 @@ def test_a_slot_that_lies_is_not_restored_from(
     node.keeper.restore()
 
     assert node.given() == snapshot(save=2)
+
+
+@pytest.mark.parametrize("newest", [False, True], ids=["what is due", "the newest"])
+def test_a_slot_that_is_cut_short_while_it_is_persisted_is_dropped(
+    node: Node, children: Children, monkeypatch: pytest.MonkeyPatch, newest: bool
+) -> None:
+    """In a process of its own: it used to be ended by SIGBUS."""
+    before, good, large = snapshot(save=1), snapshot(save=2), snapshot(save=3)
+    tensors = safetensors.numpy.save({"weight": np.zeros(20 << 20, np.float32)})
+    large = replace(large, files={**large.files, "model.safetensors": tensors})
+    commit(node.directory, before)
+    fill(node.rank, 1, good, must=True)
+    fill(node.rank, 0, large, must=True)
+    gives_way = node.keeper._gives_way
+    asked: list[Marker] = []
+
+    def cut(marker: Marker, *on_its_way: Any) -> bool:
+        asked.extend([marker] if marker.slot == 0 and on_its_way else [])
+        if len(asked) == 2:
+            os.truncate(node.rank.slot_path(0), part_bytes_for(len(tensors)))  # the first is kept
+        return gives_way(marker, *on_its_way)
+
+    monkeypatch.setattr(node.keeper, "_gives_way", cut)
+
+    def persist() -> None:
+        saved = [node.keeper.persist_newest(["manual"])] if newest else node.keeper.persist_due()
+        assert [one and one.manifest.name for one in saved] == [good.name]
+
+    assert children.exit_code(children.start(persist)) == 0
+    assert node.saved() == [before.name, good.name]
+    assert node.files(before.name) == before.files
+    assert shown(node.rank.complete()) == [(1, 2, False)]
+    assert not node.rank.is_claimed(0)
+    assert not list((node.directory.root / RUN / "checkpoints").glob(".tmp-*"))
 
 
 # ---------------------------------------------------------------- restoring

@@ -35,7 +35,7 @@ from runner.errors import (
     UsageError,
 )
 from runner.memory import available_bytes, slots_that_fit
-from runner.spool import FACTS_FILE, Marker, RankSpool, view_slot
+from runner.spool import FACTS_FILE, Marker, RankSpool, is_cut_short, view_slot
 
 log = logging.getLogger(__name__)
 
@@ -319,6 +319,7 @@ class Keeper:
                     saved = self._persist(marker.slot, triggers, newest=True)
                     if saved is not None:
                         return saved
+                    self._awaited = None  # it is not to be had: an older one does not wait for it
         except Abandoned as error:
             log.info("%s", error)
         finally:
@@ -339,7 +340,10 @@ class Keeper:
         return worth_abandoning(on_its_way, self._awaited_bytes, left, self._bytes_per_second)
 
     def _watch(self, marker: Marker, files: Mapping[str, memoryview]) -> Callable[[], bool]:
-        """What the persister asks before each part: whether to give way. It tells how far it is."""
+        """What the persister asks before each part: whether to give way. It tells how far it is.
+
+        CheckpointInvalid where somebody has cut the slot meanwhile: to read on would be our end.
+        """
         begun, nbytes, parts = time.monotonic(), sum(map(len, files.values())), 0
         all_parts = sum(-(-len(f) // fmt.part_bytes_for(len(f))) for f in files.values()) or 1
 
@@ -347,7 +351,10 @@ class Keeper:
             nonlocal parts
             given = nbytes * min(parts, all_parts) // all_parts
             parts += 1
-            return self._gives_way(marker, Upload(nbytes, given, time.monotonic() - begun))
+            way = self._gives_way(marker, Upload(nbytes, given, time.monotonic() - begun))
+            if any(map(is_cut_short, files.values())):
+                raise CheckpointInvalid(f"slot-{marker.slot}", "it was cut short while it was read")
+            return way
 
         return gives_way
 
@@ -372,6 +379,10 @@ class Keeper:
         try:
             facts = {**self._rank.read(FACTS_FILE), **marker.facts}
             manifest = self._persister.persist(moment, files, facts, self._watch(marker, files))
+        except CheckpointInvalid as error:
+            log.error("%s; it is not persisted", error)
+            self._claims.drop(slot)
+            return None
         except BaseException:
             self._claims.release(slot, must=True)
             raise

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from runner.spool.files import Owner, give_to, is_locked, read_json
 from runner.spool.rank import ALL_SLOTS, FACTS_FILE, RankSpool
-from runner.spool.slots import Marker, Weights, open_slot, read_marker, view_slot
+from runner.spool.slots import Marker, Weights, is_cut_short, open_slot, read_marker, view_slot
 from runner.spool.whole import SPOOL_PREFIX, Spool, new_owner, spool_path
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "Spool",
     "Weights",
     "give_to",
+    "is_cut_short",
     "is_locked",
     "new_owner",
     "open_slot",

@@ -103,3 +103,12 @@ def view_slot(path: Path) -> memoryview:
             os.close(descriptor)
     except (OSError, ValueError) as error:
         raise SpoolError(f"{path} cannot be read: {error}") from error
+
+
+def is_cut_short(content: memoryview) -> bool:
+    """Whether somebody has cut the file of a mapped slot since: reading what it lost is a SIGBUS.
+
+    False for what lies in no file.
+    """
+    mapped = content.obj
+    return isinstance(mapped, mmap.mmap) and mapped.size() < len(mapped)
