@@ -373,10 +373,12 @@ def test_compression_may_be_switched_on_and_off_between_attempts(
     store: DirectoryStore, archive: Archive
 ) -> None:
     model = weights(2 * MEGABYTE)
-    saved = [
-        save(persister(store, compresses=on), number, model)
-        for number, on in enumerate([False, True, True, False, False], 1)
-    ]
+    saved: list[Manifest] = []
+    for number, on in enumerate([False, True, True, False, False], 1):
+        saver = persister(store, compresses=on)
+        if saved:
+            saver.vouch(saved[-1].name)  # as one that was restored from
+        saved.append(save(saver, number, model))
 
     assert [entry_of(manifest).name for manifest in saved] == [MODEL, PACKED, PACKED, MODEL, MODEL]
     copied = [inode(store, a) == inode(store, b) for a, b in pairwise(saved)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import secrets
 import time
 from collections.abc import Callable
@@ -119,6 +120,19 @@ def test_a_file_that_has_not_changed_is_copied_on_the_server(
     key = f"{RUN}/checkpoints/{second.name}/frozen.safetensors"
     assert store.stored(key).digest == second.files[0].digest
     Archive(store, RUN).verify(second)
+
+
+def test_a_save_gives_way_while_a_file_is_copied(store: Store, s3: S3Server, prefix: str) -> None:
+    saver = persister(store)
+    files = {"frozen.safetensors": secrets.token_bytes(33 * MIB), "state.json": b"{}"}
+    save(saver, 1, files)
+    asked = itertools.count(1)
+
+    with pytest.raises(Abandoned):  # three parts are hashed, then copied
+        saver.persist(snapshot(save=2).moment, views(files), gives_way=lambda: next(asked) == 5)
+
+    assert len(Archive(store, RUN).names()) == 1
+    wait_until(lambda: not s3.uploads(f"{prefix}/"), what="the upload to be ended")
 
 
 SOURCES = {

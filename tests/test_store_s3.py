@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import re
@@ -20,7 +21,7 @@ from servers.fixtures import S3Server
 from waiting import wait_until
 
 from runner.checkpoint.outputs import Outputs
-from runner.errors import NotFound, StoreDenied, StoreError, StoreUnfit, UsageError
+from runner.errors import Abandoned, NotFound, StoreDenied, StoreError, StoreUnfit, UsageError
 from runner.store import Content, Part, S3Options
 from runner.store.s3 import S3Store
 from runner.store.s3_calls import Calls, Try
@@ -121,6 +122,27 @@ def test_a_copy_that_turns_out_to_be_something_else_is_refused(open_s3: Open) ->
     staging.abort()
 
     assert store.children(CHECKPOINT) == []
+
+
+@pytest.mark.parametrize("last", [1, 3])
+def test_a_copy_asks_before_each_part_whether_to_go_on(
+    open_s3: Open, s3: S3Server, prefix: str, last: int
+) -> None:
+    store = open_s3()
+    digests = save(store)
+    staging = store.stage("run/checkpoints/next", OWNER)
+    asked = itertools.count(1)
+
+    def go_on() -> None:
+        if next(asked) == last:
+            raise Abandoned("gives way")
+
+    with pytest.raises(Abandoned):
+        staging.copy("model", f"{CHECKPOINT}/model", len(LARGE), PART_BYTES, digests, go_on)
+    staging.abort()
+
+    wait_until(lambda: not s3.uploads(f"{prefix}/"), what="the upload to be ended")
+    assert store.children("run/checkpoints/next") == []
 
 
 def test_a_copied_file_keeps_its_composite_checksum(open_s3: Open) -> None:

@@ -184,7 +184,7 @@ class Persister:
         for name, memory in files.items():
             packs = compressor is not None and len(memory) > 0 and _can_be_compressed(name)
             twin, digests = self._twin(name, memory, go_on, packs=packs)
-            if twin is not None and _is_copied(staging, twin):
+            if twin is not None and _is_copied(staging, twin, go_on):
                 entries[name] = twin.entry
             elif compressor is not None and packs:
                 changed[name] = CompressedFile(name, memory, digests, compressor, go_on)
@@ -347,7 +347,7 @@ class _PlainFile:
         return FileEntry(name, self._size, part_bytes, hexed, fmt.file_digest(parts))
 
 
-def _is_copied(staging: Staging, twin: _Twin) -> bool:
+def _is_copied(staging: Staging, twin: _Twin, go_on: Callable[[], None]) -> bool:
     """Copy a file in the store; False if it has to be written after all.
 
     Whatever may have become of the stored one, the bytes to write are here. Only what a write would
@@ -356,7 +356,7 @@ def _is_copied(staging: Staging, twin: _Twin) -> bool:
     entry = twin.entry
     try:
         digests = [*map(bytes.fromhex, entry.parts)]
-        staging.copy(entry.name, twin.key, entry.size, entry.part_bytes, digests)
+        staging.copy(entry.name, twin.key, entry.size, entry.part_bytes, digests, go_on)
     except (StoreDenied, StoreUnfit):
         raise
     except StoreError as error:

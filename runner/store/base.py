@@ -49,11 +49,18 @@ class Staging(Protocol):
         """Store files; the SHA-256 of each part of each. Every byte is hashed once at most."""
 
     def copy(
-        self, name: str, key: str, size: int, part_bytes: int, digests: Sequence[bytes]
+        self,
+        name: str,
+        key: str,
+        size: int,
+        part_bytes: int,
+        digests: Sequence[bytes],
+        go_on: Callable[[], None] = lambda: None,
     ) -> None:
         """Store a file that has the same bytes as a stored object, without moving them.
 
-        `digests` are those of its parts. NotFound if the object is gone; StoreError if the copy
+        `digests` are those of its parts. `go_on` is called before each of them that takes time;
+        what it raises ends the copy. NotFound if the object is gone; StoreError if the copy
         turns out to be something else, by its size, and by its checksum if `checks_copies`. The
         file may be written after that.
         """

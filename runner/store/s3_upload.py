@@ -53,7 +53,13 @@ class StagedObjects:
         return [file.digests() for file in files]  # which asks whether all of it is there
 
     def copy(
-        self, name: str, key: str, size: int, part_bytes: int, digests: Sequence[bytes]
+        self,
+        name: str,
+        key: str,
+        size: int,
+        part_bytes: int,
+        digests: Sequence[bytes],
+        go_on: Callable[[], None] = lambda: None,
     ) -> None:
         """A copy on the server, of the same parts, so that it has the same checksum.
 
@@ -62,7 +68,7 @@ class StagedObjects:
         errand = Errand(self._errand)
         file = self._file(name, errand)
         try:
-            self._run(file.copying(key, size, part_bytes, digests), errand)
+            self._run(file.copying(key, size, part_bytes, digests, go_on), errand)
             file.digests()
         except BaseException:
             self._end_uploads([file])  # if that fails, `clean` tries it once more
@@ -229,17 +235,24 @@ class _File:
         return job
 
     def copying(
-        self, key: str, size: int, part_bytes: int, digests: Sequence[bytes]
+        self,
+        key: str,
+        size: int,
+        part_bytes: int,
+        digests: Sequence[bytes],
+        go_on: Callable[[], None],
     ) -> Iterator[Job]:
         self._is_copy = True
         whole = digests[0].hex() if len(digests) == 1 else digest_from(composite_of(digests))
         self._check(key, whole, size)  # before anything is copied for nothing
         source = {"Bucket": self._bucket.name, "Key": self._bucket.full(key)}
         if len(digests) == 1:
+            go_on()
             yield lambda: self._copy_whole(source, digests[0])
             return
         self.number_of_parts = len(digests)
         for number, digest in enumerate(digests, 1):
+            go_on()
             begin = (number - 1) * part_bytes
             end = min(size, begin + part_bytes)
             yield self._copying_part(source, number, begin, end, digest)
