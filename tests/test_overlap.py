@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from runner.errors import SpoolFull
 from runner.training.overlap import Overlap, Pair
 
 
@@ -81,12 +82,14 @@ class Bench:
         for average, parameter in zip(self.ema, self.model.parameters(), strict=True):
             average.lerp_(parameter.detach(), 0.5)
 
-    def snapshot(self, *, beside: bool = True) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    def snapshot(
+        self, *, beside: bool = True, publish: Callable[[], None] | None = None
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         live = self.tensors()
         truth = [tensor.clone() for tensor in live]
         places = [torch.full_like(tensor, -1) for tensor in live]
         pairs = list(zip(places, live, strict=True))
-        self.overlap.copy(pairs, self.published.set, beside=beside)
+        self.overlap.copy(pairs, publish or self.published.set, beside=beside)
         return places, truth
 
     def land(self) -> None:
@@ -173,6 +176,28 @@ def test_an_unhooked_change_throws_the_snapshot_away_and_turns_overlap_off(
     assert caplog.text.count("without their optimizer") == 1
 
     places, truth = bench.snapshot()  # from now on the loop waits
+    assert bench.published.is_set()
+    assert equal(places, truth)
+
+
+def test_what_cannot_be_handed_over_keeps_nothing_after_it_back(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    bench = Bench()
+
+    def publish() -> None:
+        raise SpoolFull("it is full")
+
+    bench.snapshot(publish=publish)
+    bench.land()
+    assert "passed over: it is full" in caplog.text
+    bench.step()
+    places, truth = bench.snapshot()
+    landing = threading.Thread(target=bench.land, daemon=True)
+    landing.start()
+    landing.join(30)
+
+    assert not landing.is_alive()
     assert bench.published.is_set()
     assert equal(places, truth)
 

@@ -129,13 +129,25 @@ class _Flight:
         )
 
 
+def _complain(error: Exception) -> None:
+    log.error("a snapshot is passed over: %s", error)
+
+
 class Overlap:
-    """Copies beside the computation, for the tensors of the watched optimizers."""
+    """Copies beside the computation, for the tensors of the watched optimizers.
+
+    `complain` is told, on another thread, why one that had been begun could not be handed over.
+    """
 
     def __init__(
-        self, engine: CopyEngine, optimizers: Sequence[torch.optim.Optimizer], *, enabled: bool
+        self,
+        engine: CopyEngine,
+        optimizers: Sequence[torch.optim.Optimizer],
+        *,
+        enabled: bool,
+        complain: Callable[[Exception], None] = _complain,
     ) -> None:
-        self.engine, self._optimizers = engine, optimizers
+        self.engine, self._optimizers, self._complain = engine, optimizers, complain
         self.enabled = enabled and bool(optimizers)
         self._flight: _Flight | None = None
         self._lock = threading.Lock()
@@ -202,6 +214,8 @@ class Overlap:
                     self._turn_off()
                 else:
                     flight.publish()
+            except Exception as error:  # noqa: BLE001 - a full spool, a device's fault: the next may go well
+                self._complain(error)
             finally:
                 flight.over.set()
 

@@ -71,7 +71,12 @@ class Session:
         self._lifeline: Lifeline | None = None
         self._points = PointWriter(self.rank.folder, self.plan.attempt) if supervised else None
         self.slots = SlotMemory(self.rank, self.plan.slots)
-        self._overlap = Overlap(engine_for_this_machine(), optimizers, enabled=self.plan.overlap)
+        self._overlap = Overlap(
+            engine_for_this_machine(),
+            optimizers,
+            enabled=self.plan.overlap,
+            complain=self._pass_over,
+        )
         self._writer = SnapshotWriter(self.rank, self.slots, self._overlap, self._wait_for_slot)
         self.facts = Facts(self.rank)
         self._saves = 0
@@ -194,12 +199,13 @@ class Session:
         if self._deserted:
             raise RestoreError(f"{what}: the supervisor is gone")
 
-    def _pass_over(self, error: SpoolFull) -> None:
+    def _pass_over(self, error: Exception) -> None:
         """Somebody else has filled the memory since: training goes on, and so does the log."""
         now = time.monotonic()
         if now >= self._complain_at:
             self._complain_at = now + _COMPLAINT_SECONDS
-            log.error("a snapshot is passed over: %s; make room there", error)
+            advice = "; make room there" if isinstance(error, SpoolFull) else ""
+            log.error("a snapshot is passed over: %s%s", error, advice)
 
     # ------------------------------------------------------------------ a supervisor that is dead
 
