@@ -8,14 +8,21 @@ from __future__ import annotations
 
 import mmap
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from harness import Life, Stage
 
+from runner import attach
+from runner.checkpoint.manifest import Moment
 from runner.errors import SpoolFull
+from runner.plan import BestMetric
+from runner.training import session
 from runner.training.overlap import Overlap, Pair
+from runner.training.snapshot import SnapshotWriter
 
 
 class LateDevice:
@@ -218,3 +225,78 @@ def test_without_an_optimizer_there_is_no_overlap() -> None:
 
     assert published.is_set()
     assert torch.equal(place, tensor)
+
+
+# ---------------------------------------------------------------- in a run
+
+
+class LateInARun(LateDevice):
+    """Copies in the next body of the loop, when that has changed what it wants to change."""
+
+    def copy_beside(self, pairs: Sequence[Pair]) -> Any:
+        self.released.clear()
+        return super().copy_beside(pairs)
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[LateInARun]:
+    device = LateInARun()
+    monkeypatch.setattr(session, "engine_for_this_machine", lambda: device)
+    yield device
+    device.released.set()
+
+
+Change = Callable[[int, Any, torch.nn.Linear], None]
+
+
+def train(life: Life, device: LateDevice, scores: Sequence[float], change: Change) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    run = attach(model=model, optimizer=optimizer)
+    for i in run.steps(len(scores)):
+        optimizer.zero_grad()
+        with torch.no_grad():
+            change(i, run, model)
+        device.released.set()
+        model(torch.randn(4, 3)).pow(2).mean().backward()
+        optimizer.step()
+        run.log(score=scores[i])
+
+
+def test_a_save_that_has_a_reason_is_never_thrown_away(tmp_path: Path, device: LateInARun) -> None:
+    def change(i: int, run: Any, model: torch.nn.Linear) -> None:
+        if i == 2:
+            run.save()
+        if i in (3, 5):  # behind the boundary of a save: no hook is called
+            model.weight.mul_(0.5)
+
+    stage = Stage(tmp_path, best=BestMetric("score", "max", 1))
+    stage.play(lambda life: train(life, device, [0.1, 0.2, 0.3, 0.0, 0.9, 0.0, 0.0], change))
+
+    saved = {m.moment.step: set(m.moment.triggers) for m in stage.manifests()}
+    assert saved[3] >= {"manual"}
+    assert saved[5] == {"best"}
+
+
+def test_a_save_that_was_passed_over_is_made_up_for(
+    tmp_path: Path, device: LateInARun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take = SnapshotWriter.take
+
+    def without_room(writer: SnapshotWriter, moment: Moment, *a: Any, **k: Any) -> bool:
+        if moment.step == 3:
+            raise SpoolFull("it is full")
+        return take(writer, moment, *a, **k)
+
+    monkeypatch.setattr(SnapshotWriter, "take", without_room)
+
+    def change(i: int, run: Any, model: torch.nn.Linear) -> None:
+        if i == 2:
+            run.save()
+
+    stage = Stage(tmp_path, best=BestMetric("score", "max", 1))
+    stage.play(lambda life: train(life, device, [0.1, 0.2, 0.9, 0.8, 0.0, 0.0], change))
+
+    saved = {m.moment.step: set(m.moment.triggers) for m in stage.manifests()}
+    assert saved[4] == {"manual", "best"}, "the third step had both reasons, and no room"

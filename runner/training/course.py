@@ -409,7 +409,8 @@ class Course:
         weights = self.state.modules if self._occasions.weights_are_due(boundary) else []
         if triggers or weights or self._rhythm.is_due(epoch_end=boundary.epoch_end):
             # At an epoch's end a script may put other weights in place without any hook's knowing.
-            beside = not (boundary.epoch_end or boundary.last or asked is not None)
+            # What may have to be thrown away must not be all that came of a reason to save.
+            beside = not (boundary.epoch_end or boundary.last or triggers or weights)
             self._snapshot(triggers, beside=beside, weights=[] if triggers else weights)
         self.metrics.settle()
         self._show_health()
@@ -451,7 +452,9 @@ class Course:
         if self.session.save(moment, document, sink, beside=beside, weights=weights):
             self._has_copied = True
             self._rhythm.copied(time.monotonic() - begun)
-        self._occasions.saved(triggers, weights=bool(weights))
+            self._occasions.saved(triggers, weights=bool(weights))
+        else:
+            self._occasions.passed_over(triggers)
 
     def _progress(self) -> Mapping[str, Any]:
         loop = None

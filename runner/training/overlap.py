@@ -15,10 +15,12 @@ away, and overlap is turned off for good.
 
 from __future__ import annotations
 
+import functools
 import logging
 import mmap
 import queue
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
@@ -133,6 +135,13 @@ def _complain(error: Exception) -> None:
     log.error("a snapshot is passed over: %s", error)
 
 
+def _work(todo: queue.SimpleQueue[Callable[[], None] | None]) -> None:
+    """What the thread does. Between two landings it keeps nothing of a run alive."""
+    while (work := todo.get()) is not None:
+        work()
+        del work
+
+
 class Overlap:
     """Copies beside the computation, for the tensors of the watched optimizers.
 
@@ -151,7 +160,7 @@ class Overlap:
         self.enabled = enabled and bool(optimizers)
         self._flight: _Flight | None = None
         self._lock = threading.Lock()
-        self._landings: queue.SimpleQueue[_Flight] = queue.SimpleQueue()
+        self._landings: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         for optimizer in optimizers:
             optimizer.register_step_pre_hook(self._before_step)
@@ -197,27 +206,28 @@ class Overlap:
     def _take_off(self, flight: _Flight) -> None:
         self._flight = flight
         if self._thread is None:
-            self._thread = threading.Thread(target=self._land_all, name="snapshots", daemon=True)
+            self._thread = threading.Thread(
+                target=_work, args=(self._landings,), name="snapshots", daemon=True
+            )
             self._thread.start()
-        self._landings.put(flight)
+            weakref.finalize(self, self._landings.put, None).atexit = False
+        self._landings.put(functools.partial(self._land, flight))
 
-    def _land_all(self) -> None:
-        while True:
-            flight = self._landings.get()
-            try:
-                self.engine.wait(flight.ticket)
-                with self._lock:
-                    if not flight.sealed:
-                        flight.torn = flight.torn or flight.has_moved()
-                    torn = flight.torn
-                if torn:
-                    self._turn_off()
-                else:
-                    flight.publish()
-            except Exception as error:  # noqa: BLE001 - a full spool, a device's fault: the next may go well
-                self._complain(error)
-            finally:
-                flight.over.set()
+    def _land(self, flight: _Flight) -> None:
+        try:
+            self.engine.wait(flight.ticket)
+            with self._lock:
+                if not flight.sealed:
+                    flight.torn = flight.torn or flight.has_moved()
+                torn = flight.torn
+            if torn:
+                self._turn_off()
+            else:
+                flight.publish()
+        except Exception as error:  # noqa: BLE001 - a full spool, a device's fault: not the last one
+            self._complain(error)
+        finally:
+            flight.over.set()
 
     def _before_step(self, *_: Any) -> None:
         """The optimizer is about to change what is being copied."""

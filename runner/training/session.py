@@ -205,7 +205,7 @@ class Session:
         if now >= self._complain_at:
             self._complain_at = now + _COMPLAINT_SECONDS
             advice = "; make room there" if isinstance(error, SpoolFull) else ""
-            log.error("a snapshot is passed over: %s%s", error, advice)
+            log.error("a snapshot is passed over: %s%s", str(error), advice)  # keeps no frames
 
     # ------------------------------------------------------------------ a supervisor that is dead
 
