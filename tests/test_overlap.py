@@ -7,7 +7,10 @@ host or by the compute stream, and not before: whatever was changed too early sh
 from __future__ import annotations
 
 import mmap
+import subprocess
+import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,9 +23,11 @@ from runner import attach
 from runner.checkpoint.manifest import Moment
 from runner.errors import SpoolFull
 from runner.plan import BestMetric
-from runner.training import session
+from runner.training import overlap, session
 from runner.training.overlap import Overlap, Pair
 from runner.training.snapshot import SnapshotWriter
+
+PROGRAM = Path(__file__).parent / "child_programs" / "leaves_a_copy_under_way.py"
 
 
 class LateDevice:
@@ -64,13 +69,13 @@ class LateDevice:
 class Bench:
     """A model with everything that can tear: parameters, moments, a buffer, an EMA."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: LateDevice | None = None) -> None:
         torch.manual_seed(0)
         self.model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.1)
         self.ema = [p.detach().clone() for p in self.model.parameters()]
         self.step()
-        self.device = LateDevice()
+        self.device = device or LateDevice()
         self.overlap = Overlap(self.device, [self.optimizer], enabled=True)
         self.published = threading.Event()
 
@@ -218,13 +223,36 @@ def test_nothing_is_left_for_later_where_the_loop_must_wait() -> None:
 
 
 def test_without_an_optimizer_there_is_no_overlap() -> None:
-    overlap = Overlap(LateDevice(), [], enabled=True)
+    idle = Overlap(LateDevice(), [], enabled=True)
     place, tensor, published = torch.zeros(3), torch.ones(3), threading.Event()
 
-    overlap.copy([(place, tensor)], published.set, beside=True)
+    idle.copy([(place, tensor)], published.set, beside=True)
 
     assert published.is_set()
     assert torch.equal(place, tensor)
+
+
+@pytest.mark.parametrize("how", ["end", "raise"])
+def test_a_copy_under_way_is_handed_over_before_the_script_is_gone(how: str) -> None:
+    command = [sys.executable, str(PROGRAM), how]
+    ended = subprocess.run(command, capture_output=True, text=True)
+
+    assert ended.stdout == "published", ended.stderr
+    assert ended.returncode == (how == "raise")
+
+
+def test_the_end_of_a_script_waits_for_a_dead_device_no_longer_than_it_may(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(overlap, "_LEAVE_SECONDS", 0.0)
+    bench = Bench()
+    bench.snapshot()
+
+    overlap.land_at_exit(weakref.ref(bench.overlap))
+
+    assert not bench.published.is_set()
+    assert "the last snapshot is lost" in caplog.text
+    bench.land()
 
 
 # ---------------------------------------------------------------- in a run

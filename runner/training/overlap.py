@@ -15,6 +15,7 @@ away, and overlap is turned off for good.
 
 from __future__ import annotations
 
+import atexit
 import functools
 import logging
 import mmap
@@ -27,6 +28,9 @@ from typing import Any, Protocol
 import torch
 
 log = logging.getLogger(__name__)
+
+_LEAVE_SECONDS = 30.0
+"""How long the end of a script waits for a copy: a device that answers no more takes for ever."""
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # where to, what
 
@@ -131,6 +135,13 @@ class _Flight:
         )
 
 
+def land_at_exit(reference: weakref.ref[Overlap]) -> None:
+    """The interpreter ends, and its daemon threads are about to stop where they are."""
+    overlap = reference()
+    if overlap is not None and not overlap.has_landed(_LEAVE_SECONDS):
+        log.error("a copy does not come to its end: the last snapshot is lost")
+
+
 def _complain(error: Exception) -> None:
     log.error("a snapshot is passed over: %s", error)
 
@@ -175,6 +186,13 @@ class Overlap:
             self._flight.over.wait()
             self._flight = None
 
+    def has_landed(self, seconds: float) -> bool:
+        """Whether no copy is under way, after so many seconds at most."""
+        flight, thread = self._flight, self._thread
+        if flight is None or thread is None or not thread.is_alive():  # a child that was forked
+            return True
+        return flight.over.wait(seconds)
+
     def copy(self, pairs: Iterable[Pair], publish: Callable[[], None], *, beside: bool) -> None:
         """Copy all pairs, then `publish`: before this returns, or when the device has finished.
 
@@ -210,6 +228,7 @@ class Overlap:
                 target=_work, args=(self._landings,), name="snapshots", daemon=True
             )
             self._thread.start()
+            atexit.register(land_at_exit, weakref.ref(self))
             weakref.finalize(self, self._landings.put, None).atexit = False
         self._landings.put(functools.partial(self._land, flight))
 
