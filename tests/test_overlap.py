@@ -16,8 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
-from harness import Life, Stage
+from harness import PREEMPT, Life, Stage
+from slots import read_slot
+from waiting import wait_until
 
 from runner import attach
 from runner.checkpoint.manifest import Moment
@@ -74,9 +77,9 @@ class Bench:
         self.model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.1)
         self.ema = [p.detach().clone() for p in self.model.parameters()]
-        self.step()
         self.device = device or LateDevice()
         self.overlap = Overlap(self.device, [self.optimizer], enabled=True)
+        self.step()
         self.published = threading.Event()
 
     def tensors(self) -> list[torch.Tensor]:
@@ -214,6 +217,43 @@ def test_what_cannot_be_handed_over_keeps_nothing_after_it_back(
     assert equal(places, truth)
 
 
+def test_a_step_without_a_hook_leaves_nothing_to_be_copied_beside_the_next() -> None:
+    bench = Bench()
+    bench.overlap.pass_boundary()
+    replay(bench)
+    places, truth = bench.snapshot()
+    assert bench.published.is_set()
+    replay(bench)
+
+    assert equal(places, truth)
+
+
+def test_only_what_belongs_to_an_optimizer_that_has_stepped_is_copied_beside() -> None:
+    bench = Bench()
+    other = torch.nn.Parameter(torch.ones(3))
+    taking_turns = torch.optim.SGD([other], lr=0.1)
+    both = Overlap(bench.device, [bench.optimizer, taking_turns], enabled=True)
+    other.grad = torch.ones(3)
+    taking_turns.step()
+    places = [torch.zeros(3), torch.zeros(4, 4)]
+    live = [other.detach(), next(bench.model.parameters()).detach()]
+    both.copy(zip(places, live, strict=True), bench.published.set, beside=True)
+
+    assert not places[0].any()
+    assert torch.equal(places[1], live[1])
+    bench.device.released.set()
+    both.land()
+    assert torch.equal(places[0], live[0])
+
+
+def replay(bench: Bench) -> None:
+    """What a CUDA graph does: neither a hook nor a version shows it."""
+    bench.forward_and_backward()
+    for parameter in bench.model.parameters():
+        assert parameter.grad is not None
+        parameter.data.sub_(parameter.grad)
+
+
 def test_nothing_is_left_for_later_where_the_loop_must_wait() -> None:
     bench = Bench()
     places, truth = bench.snapshot(beside=False)
@@ -290,6 +330,85 @@ def train(life: Life, device: LateDevice, scores: Sequence[float], change: Chang
         model(torch.randn(4, 3)).pow(2).mean().backward()
         optimizer.step()
         run.log(score=scores[i])
+
+
+def in_a_phase(run: Any, swap: Callable[[], None]) -> Iterator[int]:
+    for i in run.steps(4):
+        if i == 2:
+            with run.phase("validation"):
+                swap()
+        yield i
+
+
+def after_a_loop(run: Any, swap: Callable[[], None]) -> Iterator[int]:
+    for _ in run.epochs(1):
+        yield from run.steps(2)
+        swap()
+
+
+@pytest.mark.parametrize("where", [in_a_phase, after_a_loop])
+def test_weights_that_are_swapped_where_a_script_may_do_so_are_not_taken_for_the_runs(
+    where: Callable[[Any, Callable[[], None]], Iterator[int]],
+    tmp_path: Path,
+    device: LateInARun,
+) -> None:
+    stage = Stage(tmp_path)
+    kept = []
+
+    def script(life: Life) -> None:
+        model = torch.nn.Linear(3, 1)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        run = attach(model=model, optimizer=optimizer)
+
+        def land() -> None:
+            device.released.set()
+            wait_until(lambda: newest_step(stage) == run.step, 20, what="the snapshot")
+
+        def swap() -> None:
+            weight = model.weight.detach().clone()
+            model.weight.data.fill_(7)  # as torch_ema does it: no version shows it
+            land()
+            marker = stage.rank.complete()[-1]
+            stored = safetensors.torch.load(read_slot(stage.rank, marker)["model.safetensors"])
+            kept.append(torch.equal(stored["weight"], weight))
+            model.weight.data.copy_(weight)
+
+        for _ in where(run, swap):
+            optimizer.zero_grad()
+            model(torch.randn(4, 3)).pow(2).mean().backward()
+            optimizer.step()
+            land()
+        land()
+
+    stage.play(script)
+    assert kept == [True]
+
+
+def test_a_loop_that_was_left_by_a_break_has_its_copy_waited_for_when_the_next_begins(
+    tmp_path: Path, device: LateInARun
+) -> None:
+    def script(life: Life) -> None:
+        model = torch.nn.Linear(3, 1)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        run = attach(model=model, optimizer=optimizer)
+        for i in run.steps(4):
+            if i == 1:
+                break
+            model(torch.randn(4, 3)).pow(2).mean().backward()
+            optimizer.step()
+        assert device.held == 0
+        batches = iter(run.batches([torch.zeros(1), torch.zeros(1)]))
+        next(batches)
+        assert device.held == 1
+        device.released.set()
+        life.hit(PREEMPT)
+        next(batches)
+
+    assert Stage(tmp_path).live(script).ended == "preempted"
+
+
+def newest_step(stage: Stage) -> int:
+    return max((int(marker.moment["step"]) for marker in stage.rank.complete()), default=0)
 
 
 def test_a_save_that_has_a_reason_is_never_thrown_away(tmp_path: Path, device: LateInARun) -> None:

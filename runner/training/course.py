@@ -272,6 +272,7 @@ class Course:
         and ends has nothing newer, and what it leaves must not depend on how fast it was.
         """
         self._end_lap()
+        self.session.seal()
         self.session.board.phase = BETWEEN_LOOPS if self.place.in_epoch else AFTER_TRAINING
         if self.loop is loop:
             if self._rhythm.is_behind and not self._carries_gradients and not self.in_body:
@@ -284,6 +285,7 @@ class Course:
         """Leave a loop that was left by a `break`: True if its last body counts as a step."""
         loop, self.loop = self.loop, None
         self._end_lap()
+        self.session.seal()
         if loop is None or not loop.settle():
             return False
         self.place.step += 1
@@ -312,6 +314,7 @@ class Course:
     @contextlib.contextmanager
     def apart(self) -> Iterator[None]:
         """What the script does meanwhile is no part of a step, wherever in the loop it stands."""
+        self.session.seal()
         began = self._accounts.current is not Account.STARTUP
         with self._accounts.during(Account.VALIDATION if began else Account.STARTUP):
             yield
@@ -412,6 +415,7 @@ class Course:
             # What may have to be thrown away must not be all that came of a reason to save.
             beside = not (boundary.epoch_end or boundary.last or triggers or weights)
             self._snapshot(triggers, beside=beside, weights=[] if triggers else weights)
+        self.session.pass_boundary()
         self.metrics.settle()
         self._show_health()
         board.finished = int(

@@ -5,10 +5,12 @@
        └ side stream     waits for the boundary ── copies ──────┘
 
 Parameters and optimizer state change in `optimizer.step` alone, so they may be copied until then:
-a pre-hook makes the device wait, not the host. Everything else (buffers that forward itself
-changes, an EMA, a user's own tensors) is copied at the boundary. A parameter that moved although no
-hook was called (an EMA swapped in, `p.clamp_`) shows in its version: such a snapshot is thrown
-away, and overlap is turned off for good.
+a pre-hook makes the device wait, not the host. That goes for an optimizer whose hook was called in
+the step that has just ended; one that steps in a replayed CUDA graph, or inside of a wrapper, calls
+none. Everything else (buffers that forward itself changes, an EMA, a user's own tensors) is copied
+at the boundary. A parameter that moved although no hook was called (an EMA swapped in, `p.clamp_`)
+shows in its version: such a snapshot is thrown away, and overlap is turned off for good. A write by
+`p.data` shows nowhere; where they are common, after a loop and in a phase, the device waits, too.
 
 `CopyEngine` is the seam to the device: `CudaEngine` here, and in the tests one that delays copies.
 """
@@ -124,7 +126,7 @@ class _Flight:
         self.tensors, self.publish = tensors, publish
         self.versions = [tensor._version for tensor in tensors]
         self.ticket: Any = None
-        self.sealed = False  # the optimizer's hook was called while all was as at the boundary
+        self.sealed = False  # what is computed from then on waits; until then nothing may move
         self.torn = False
         self.over = threading.Event()
 
@@ -167,12 +169,13 @@ class Overlap:
         enabled: bool,
         complain: Callable[[Exception], None] = _complain,
     ) -> None:
-        self.engine, self._optimizers, self._complain = engine, optimizers, complain
+        self.engine, self._complain = engine, complain
         self.enabled = enabled and bool(optimizers)
         self._flight: _Flight | None = None
         self._lock = threading.Lock()
         self._landings: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._hooked: set[torch.optim.Optimizer] = set()
         for optimizer in optimizers:
             optimizer.register_step_pre_hook(self._before_step)
 
@@ -248,8 +251,16 @@ class Overlap:
         finally:
             flight.over.set()
 
-    def _before_step(self, *_: Any) -> None:
-        """The optimizer is about to change what is being copied."""
+    def pass_boundary(self) -> None:
+        """What is copied from now on is of a later boundary."""
+        self._hooked.clear()
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        self._hooked.add(optimizer)
+        self.seal()
+
+    def seal(self) -> None:
+        """What is being copied is about to be changed: let the device finish with it first."""
         flight = self._flight
         if flight is None or flight.over.is_set():
             return
@@ -269,9 +280,9 @@ class Overlap:
             )
 
     def _owned(self) -> set[int]:
-        """Storages of what changes in `optimizer.step` alone."""
+        """Storages of what changes in `optimizer.step` alone, and not without its hook."""
         owned = set()
-        for optimizer in self._optimizers:
+        for optimizer in self._hooked:
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     owned.add(parameter.untyped_storage().data_ptr())

@@ -159,6 +159,14 @@ class Session:
             self._saves = save
         return taken
 
+    def pass_boundary(self) -> None:
+        """The next step begins: what its optimizers do not announce is not theirs alone."""
+        self._overlap.pass_boundary()
+
+    def seal(self) -> None:
+        """The script may change anything now: what is being copied comes first, on the device."""
+        self._overlap.seal()
+
     def saved_state(self) -> SavedState | None:
         """What this attempt begins from; None at the very start of a run.
 
