@@ -301,7 +301,12 @@ def test_the_end_of_a_script_waits_for_a_dead_device_no_longer_than_it_may(
 class LateInARun(LateDevice):
     """Copies in the next body of the loop, when that has changed what it wants to change."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.besides = 0
+
     def copy_beside(self, pairs: Sequence[Pair]) -> Any:
+        self.besides += 1
         self.released.clear()
         return super().copy_beside(pairs)
 
@@ -382,6 +387,31 @@ def test_weights_that_are_swapped_where_a_script_may_do_so_are_not_taken_for_the
 
     stage.play(script)
     assert kept == [True]
+
+
+def test_a_run_whose_steps_call_no_hook_any_more_copies_at_the_boundary(
+    tmp_path: Path, device: LateInARun
+) -> None:
+    besides = []
+
+    def script(life: Life) -> None:
+        model = torch.nn.Linear(3, 1)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        run = attach(model=model, optimizer=optimizer)
+        for i in run.steps(5):
+            besides.append(device.besides)
+            device.released.set()
+            wait_until(lambda: newest_step(stage) == run.step, 20, what="the snapshot")
+            if i < 2:
+                model(torch.randn(4, 3)).pow(2).mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            else:
+                model.weight.data.mul_(0.9)
+
+    stage = Stage(tmp_path)
+    stage.play(script)
+    assert besides == [0, 1, 2, 2, 2]
 
 
 def test_a_loop_that_was_left_by_a_break_has_its_copy_waited_for_when_the_next_begins(
