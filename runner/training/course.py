@@ -272,6 +272,7 @@ class Course:
         and ends has nothing newer, and what it leaves must not depend on how fast it was.
         """
         self._end_lap()
+        self.session.seal()
         self.session.board.phase = BETWEEN_LOOPS if self.place.in_epoch else AFTER_TRAINING
         if self.loop is loop:
             if self._rhythm.is_behind and not self._carries_gradients and not self.in_body:
@@ -284,6 +285,7 @@ class Course:
         """Leave a loop that was left by a `break`: True if its last body counts as a step."""
         loop, self.loop = self.loop, None
         self._end_lap()
+        self.session.seal()
         if loop is None or not loop.settle():
             return False
         self.place.step += 1
@@ -312,6 +314,7 @@ class Course:
     @contextlib.contextmanager
     def apart(self) -> Iterator[None]:
         """What the script does meanwhile is no part of a step, wherever in the loop it stands."""
+        self.session.seal()
         began = self._accounts.current is not Account.STARTUP
         with self._accounts.during(Account.VALIDATION if began else Account.STARTUP):
             yield
@@ -409,8 +412,10 @@ class Course:
         weights = self.state.modules if self._occasions.weights_are_due(boundary) else []
         if triggers or weights or self._rhythm.is_due(epoch_end=boundary.epoch_end):
             # At an epoch's end a script may put other weights in place without any hook's knowing.
-            beside = not (boundary.epoch_end or boundary.last or asked is not None)
+            # What may have to be thrown away must not be all that came of a reason to save.
+            beside = not (boundary.epoch_end or boundary.last or triggers or weights)
             self._snapshot(triggers, beside=beside, weights=[] if triggers else weights)
+        self.session.pass_boundary()
         self.metrics.settle()
         self._show_health()
         board.finished = int(
@@ -451,7 +456,9 @@ class Course:
         if self.session.save(moment, document, sink, beside=beside, weights=weights):
             self._has_copied = True
             self._rhythm.copied(time.monotonic() - begun)
-        self._occasions.saved(triggers, weights=bool(weights))
+            self._occasions.saved(triggers, weights=bool(weights))
+        else:
+            self._occasions.passed_over(triggers)
 
     def _progress(self) -> Mapping[str, Any]:
         loop = None

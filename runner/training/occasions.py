@@ -30,6 +30,7 @@ class Occasions:
         self._weights = SaveRhythm(plan.weights_every)
         self._is_asked = False
         self.best: list[float] = []
+        self._best_before: list[float] = []
 
     def ask(self) -> None:
         """Save at the next boundary."""
@@ -64,6 +65,11 @@ class Occasions:
         if triggers or weights:
             self._weights.saved()
 
+    def passed_over(self, triggers: Collection[str]) -> None:
+        """Nothing was handed over for these reasons, which stay: a later state has to do."""
+        if "best" in triggers:
+            self.best = self._best_before
+
     def _is_due(self, rhythm: SaveRhythm, boundary: Boundary, milliseconds: int = 0) -> bool:
         return rhythm.is_due(
             boundary.step,
@@ -82,5 +88,6 @@ class Occasions:
             return False
         if len(self.best) >= best.count and not best.better(value, self.best[-1]):
             return False
+        self._best_before = self.best
         self.best = sorted([*self.best, value], reverse=best.mode == "max")[: best.count]
         return True

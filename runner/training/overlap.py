@@ -5,26 +5,34 @@
        └ side stream     waits for the boundary ── copies ──────┘
 
 Parameters and optimizer state change in `optimizer.step` alone, so they may be copied until then:
-a pre-hook makes the device wait, not the host. Everything else (buffers that forward itself
-changes, an EMA, a user's own tensors) is copied at the boundary. A parameter that moved although no
-hook was called (an EMA swapped in, `p.clamp_`) shows in its version: such a snapshot is thrown
-away, and overlap is turned off for good.
+a pre-hook makes the device wait, not the host. That goes for an optimizer whose hook was called in
+the step that has just ended; one that steps in a replayed CUDA graph, or inside of a wrapper, calls
+none. Everything else (buffers that forward itself changes, an EMA, a user's own tensors) is copied
+at the boundary. A parameter that moved although no hook was called (an EMA swapped in, `p.clamp_`)
+shows in its version: such a snapshot is thrown away, and overlap is turned off for good. A write by
+`p.data` shows nowhere; where they are common, after a loop and in a phase, the device waits, too.
 
 `CopyEngine` is the seam to the device: `CudaEngine` here, and in the tests one that delays copies.
 """
 
 from __future__ import annotations
 
+import atexit
+import functools
 import logging
 import mmap
 import queue
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
 
 log = logging.getLogger(__name__)
+
+_LEAVE_SECONDS = 30.0
+"""How long the end of a script waits for a copy: a device that answers no more takes for ever."""
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # where to, what
 
@@ -118,7 +126,7 @@ class _Flight:
         self.tensors, self.publish = tensors, publish
         self.versions = [tensor._version for tensor in tensors]
         self.ticket: Any = None
-        self.sealed = False  # the optimizer's hook was called while all was as at the boundary
+        self.sealed = False  # what is computed from then on waits; until then nothing may move
         self.torn = False
         self.over = threading.Event()
 
@@ -129,18 +137,45 @@ class _Flight:
         )
 
 
+def land_at_exit(reference: weakref.ref[Overlap]) -> None:
+    """The interpreter ends, and its daemon threads are about to stop where they are."""
+    overlap = reference()
+    if overlap is not None and not overlap.has_landed(_LEAVE_SECONDS):
+        log.error("a copy does not come to its end: the last snapshot is lost")
+
+
+def _complain(error: Exception) -> None:
+    log.error("a snapshot is passed over: %s", error)
+
+
+def _work(todo: queue.SimpleQueue[Callable[[], None] | None]) -> None:
+    """What the thread does. Between two landings it keeps nothing of a run alive."""
+    while (work := todo.get()) is not None:
+        work()
+        del work
+
+
 class Overlap:
-    """Copies beside the computation, for the tensors of the watched optimizers."""
+    """Copies beside the computation, for the tensors of the watched optimizers.
+
+    `complain` is told, on another thread, why one that had been begun could not be handed over.
+    """
 
     def __init__(
-        self, engine: CopyEngine, optimizers: Sequence[torch.optim.Optimizer], *, enabled: bool
+        self,
+        engine: CopyEngine,
+        optimizers: Sequence[torch.optim.Optimizer],
+        *,
+        enabled: bool,
+        complain: Callable[[Exception], None] = _complain,
     ) -> None:
-        self.engine, self._optimizers = engine, optimizers
+        self.engine, self._complain = engine, complain
         self.enabled = enabled and bool(optimizers)
         self._flight: _Flight | None = None
         self._lock = threading.Lock()
-        self._landings: queue.SimpleQueue[_Flight] = queue.SimpleQueue()
+        self._landings: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._hooked: set[torch.optim.Optimizer] = set()
         for optimizer in optimizers:
             optimizer.register_step_pre_hook(self._before_step)
 
@@ -153,6 +188,13 @@ class Overlap:
         if self._flight is not None:
             self._flight.over.wait()
             self._flight = None
+
+    def has_landed(self, seconds: float) -> bool:
+        """Whether no copy is under way, after so many seconds at most."""
+        flight, thread = self._flight, self._thread
+        if flight is None or thread is None or not thread.is_alive():  # a child that was forked
+            return True
+        return flight.over.wait(seconds)
 
     def copy(self, pairs: Iterable[Pair], publish: Callable[[], None], *, beside: bool) -> None:
         """Copy all pairs, then `publish`: before this returns, or when the device has finished.
@@ -185,28 +227,40 @@ class Overlap:
     def _take_off(self, flight: _Flight) -> None:
         self._flight = flight
         if self._thread is None:
-            self._thread = threading.Thread(target=self._land_all, name="snapshots", daemon=True)
+            self._thread = threading.Thread(
+                target=_work, args=(self._landings,), name="snapshots", daemon=True
+            )
             self._thread.start()
-        self._landings.put(flight)
+            atexit.register(land_at_exit, weakref.ref(self))
+            weakref.finalize(self, self._landings.put, None).atexit = False
+        self._landings.put(functools.partial(self._land, flight))
 
-    def _land_all(self) -> None:
-        while True:
-            flight = self._landings.get()
-            try:
-                self.engine.wait(flight.ticket)
-                with self._lock:
-                    if not flight.sealed:
-                        flight.torn = flight.torn or flight.has_moved()
-                    torn = flight.torn
-                if torn:
-                    self._turn_off()
-                else:
-                    flight.publish()
-            finally:
-                flight.over.set()
+    def _land(self, flight: _Flight) -> None:
+        try:
+            self.engine.wait(flight.ticket)
+            with self._lock:
+                if not flight.sealed:
+                    flight.torn = flight.torn or flight.has_moved()
+                torn = flight.torn
+            if torn:
+                self._turn_off()
+            else:
+                flight.publish()
+        except Exception as error:  # noqa: BLE001 - a full spool, a device's fault: not the last one
+            self._complain(error)
+        finally:
+            flight.over.set()
 
-    def _before_step(self, *_: Any) -> None:
-        """The optimizer is about to change what is being copied."""
+    def pass_boundary(self) -> None:
+        """What is copied from now on is of a later boundary."""
+        self._hooked.clear()
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        self._hooked.add(optimizer)
+        self.seal()
+
+    def seal(self) -> None:
+        """What is being copied is about to be changed: let the device finish with it first."""
         flight = self._flight
         if flight is None or flight.over.is_set():
             return
@@ -226,9 +280,9 @@ class Overlap:
             )
 
     def _owned(self) -> set[int]:
-        """Storages of what changes in `optimizer.step` alone."""
+        """Storages of what changes in `optimizer.step` alone, and not without its hook."""
         owned = set()
-        for optimizer in self._optimizers:
+        for optimizer in self._hooked:
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     owned.add(parameter.untyped_storage().data_ptr())

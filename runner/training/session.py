@@ -71,7 +71,12 @@ class Session:
         self._lifeline: Lifeline | None = None
         self._points = PointWriter(self.rank.folder, self.plan.attempt) if supervised else None
         self.slots = SlotMemory(self.rank, self.plan.slots)
-        self._overlap = Overlap(engine_for_this_machine(), optimizers, enabled=self.plan.overlap)
+        self._overlap = Overlap(
+            engine_for_this_machine(),
+            optimizers,
+            enabled=self.plan.overlap,
+            complain=self._pass_over,
+        )
         self._writer = SnapshotWriter(self.rank, self.slots, self._overlap, self._wait_for_slot)
         self.facts = Facts(self.rank)
         self._saves = 0
@@ -154,6 +159,14 @@ class Session:
             self._saves = save
         return taken
 
+    def pass_boundary(self) -> None:
+        """The next step begins: what its optimizers do not announce is not theirs alone."""
+        self._overlap.pass_boundary()
+
+    def seal(self) -> None:
+        """The script may change anything now: what is being copied comes first, on the device."""
+        self._overlap.seal()
+
     def saved_state(self) -> SavedState | None:
         """What this attempt begins from; None at the very start of a run.
 
@@ -194,12 +207,13 @@ class Session:
         if self._deserted:
             raise RestoreError(f"{what}: the supervisor is gone")
 
-    def _pass_over(self, error: SpoolFull) -> None:
+    def _pass_over(self, error: Exception) -> None:
         """Somebody else has filled the memory since: training goes on, and so does the log."""
         now = time.monotonic()
         if now >= self._complain_at:
             self._complain_at = now + _COMPLAINT_SECONDS
-            log.error("a snapshot is passed over: %s; make room there", error)
+            advice = "; make room there" if isinstance(error, SpoolFull) else ""
+            log.error("a snapshot is passed over: %s%s", str(error), advice)  # keeps no frames
 
     # ------------------------------------------------------------------ a supervisor that is dead
 
