@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from runner.training.rhythm import SnapshotRhythm, steps_between
+from runner.plan import Interval
+from runner.training.rhythm import SaveRhythm, SnapshotRhythm, steps_between
 
 
 @pytest.mark.parametrize(
@@ -62,3 +63,15 @@ def test_the_end_of_an_epoch_counts_where_every_step_does() -> None:
     assert every_step.is_due(epoch_end=True)
     assert not every_step.is_due(epoch_end=False)
     assert not seldom.is_due(epoch_end=True)
+
+
+@pytest.mark.parametrize("interval", [Interval(steps=3), Interval(epochs=1), Interval(minutes=0)])
+def test_what_is_due_stays_so_until_it_is_saved(interval: Interval) -> None:
+    rhythm = SaveRhythm(interval)
+    assert rhythm.is_due(3, 1, step_end=True, epoch_end=True)
+
+    assert rhythm.is_due(4, 1, step_end=True, epoch_end=False), "there was no room for it"
+    rhythm.saved()
+
+    is_due = rhythm.is_due(5, 1, step_end=True, epoch_end=False)
+    assert is_due == (interval.minutes is not None)

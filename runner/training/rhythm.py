@@ -30,11 +30,12 @@ def steps_between(stall_seconds: float, step_seconds: float) -> int:
 
 
 class SaveRhythm:
-    """When the next save is due."""
+    """When the next save is due. What is due stays so until it is `saved`."""
 
     def __init__(self, interval: Interval) -> None:
         self._interval = interval
         self._last = time.monotonic()
+        self._is_due = False
 
     def is_due(
         self, step: int, epoch: int, *, step_end: bool, epoch_end: bool, milliseconds: int = 0
@@ -44,15 +45,17 @@ class SaveRhythm:
         `milliseconds` is another interval, 0 for none: the one that the supervisor gives.
         """
         since, interval = time.monotonic() - self._last, self._interval
-        return (
+        self._is_due = self._is_due or (
             (interval.minutes is not None and since >= 60 * interval.minutes)
             or (milliseconds > 0 and since >= milliseconds / 1e3)
             or (step_end and _divides(interval.steps, step))
             or (epoch_end and _divides(interval.epochs, epoch))
         )
+        return self._is_due
 
     def saved(self) -> None:
         self._last = time.monotonic()
+        self._is_due = False
 
 
 def _divides(interval: int | None, count: int) -> bool:
