@@ -49,9 +49,9 @@ class Place:
         if run_id is not None:
             self.environment["RUNNER_RUN_ID"] = run_id
 
-    def start(self, **params: Any) -> subprocess.Popen[str]:
+    def start(self, script: Path = SCRIPT, **params: Any) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, str(SCRIPT)],
+            [sys.executable, str(script)],
             cwd=self.folder,
             env=self.environment | {"RUNNER_PARAMS": json.dumps(params)},
             stdin=subprocess.PIPE,
@@ -206,6 +206,16 @@ def test_a_script_that_fails_leaves_its_newest_state_behind(story: Story) -> Non
     assert newest.attempt == story.place.records()[-3].attempt, ended.errors
     assert 9 < newest.step <= 14
     assert story.lives["finished"].output[0] == f"from step {newest.step}"
+
+
+def test_a_copy_under_way_when_the_script_ends_is_saved(tmp_path: Path) -> None:
+    place = Place(tmp_path, "my-run")
+
+    ended = finish(place, place.start(SCRIPT.with_name("leaves_a_copy_alone.py")))
+
+    assert ended.code == 0, ended.errors
+    assert ended.newest is not None, ended.errors
+    assert ended.newest.moment.step == 1
 
 
 def test_a_run_to_which_all_this_happened_ends_with_the_bits_of_an_undisturbed_one(

@@ -14,7 +14,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -90,19 +90,28 @@ def open_alone(optimizers: Sequence[torch.optim.Optimizer]) -> Session:
     spool.write_plan(plan.to_json())
     session = Session(spool.path, supervised=False, optimizers=optimizers)
     session.interrupt_code = INTERRUPTED
-    _Housekeeper(spool, board, keeper, ledger, began).start()
+    _Housekeeper(spool, board, keeper, ledger, began, session.leave).start()
     _listen_to_signals(board)
     return session
 
 
 class _Housekeeper(threading.Thread):
-    """Persists what the training loop hands over. Not a daemon: the process waits for it."""
+    """Persists what the training loop hands over. Not a daemon: the process waits for it.
+
+    What is done `atexit` comes after that, so `leave` waits here for the last state's copy.
+    """
 
     def __init__(
-        self, spool: Spool, board: Board, keeper: Keeper, ledger: Ledger, began: Attempt
+        self,
+        spool: Spool,
+        board: Board,
+        keeper: Keeper,
+        ledger: Ledger,
+        began: Attempt,
+        leave: Callable[[], None],
     ) -> None:
         super().__init__(name="runner-housekeeper")
-        self._began = began
+        self._began, self._leave = began, leave
         self._spool, self._board, self._keeper, self._ledger = spool, board, keeper, ledger
         self._over = threading.Event()
         self._returned = False
@@ -113,6 +122,7 @@ class _Housekeeper(threading.Thread):
             while main.is_alive():
                 wait = _POLL_SECONDS if self._work(last=False) else _RETRY_SECONDS
                 self._over.wait(wait)
+            self._leave()
             self._work(last=True)
             self._end()
         except Fenced as error:

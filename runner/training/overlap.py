@@ -140,8 +140,8 @@ class _Flight:
 def land_at_exit(reference: weakref.ref[Overlap]) -> None:
     """The interpreter ends, and its daemon threads are about to stop where they are."""
     overlap = reference()
-    if overlap is not None and not overlap.has_landed(_LEAVE_SECONDS):
-        log.error("a copy does not come to its end: the last snapshot is lost")
+    if overlap is not None:
+        overlap.leave()
 
 
 def _complain(error: Exception) -> None:
@@ -195,6 +195,11 @@ class Overlap:
         if flight is None or thread is None or not thread.is_alive():  # a child that was forked
             return True
         return flight.over.wait(seconds)
+
+    def leave(self) -> None:
+        """The script has ended: wait for the copy that is under way, but not for ever."""
+        if not self.has_landed(_LEAVE_SECONDS):
+            log.error("a copy does not come to its end: the last snapshot is lost")
 
     def copy(self, pairs: Iterable[Pair], publish: Callable[[], None], *, beside: bool) -> None:
         """Copy all pairs, then `publish`: before this returns, or when the device has finished.

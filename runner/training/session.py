@@ -167,6 +167,10 @@ class Session:
         """The script may change anything now: what is being copied comes first, on the device."""
         self._overlap.seal()
 
+    def leave(self) -> None:
+        """The script has ended: wait until its last state is handed over, if that can be."""
+        self._overlap.leave()
+
     def saved_state(self) -> SavedState | None:
         """What this attempt begins from; None at the very start of a run.
 
