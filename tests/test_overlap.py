@@ -367,7 +367,7 @@ def test_weights_that_are_swapped_where_a_script_may_do_so_are_not_taken_for_the
 
         def land() -> None:
             device.released.set()
-            wait_until(lambda: newest_step(stage) == run.step, 20, what="the snapshot")
+            wait_until(lambda: has_landed(run, stage), 20, what="the snapshot")
 
         def swap() -> None:
             weight = model.weight.detach().clone()
@@ -401,7 +401,7 @@ def test_a_run_whose_steps_call_no_hook_any_more_copies_at_the_boundary(
         for i in run.steps(5):
             besides.append(device.besides)
             device.released.set()
-            wait_until(lambda: newest_step(stage) == run.step, 20, what="the snapshot")
+            wait_until(lambda: has_landed(run, stage), 20, what="the snapshot")
             if i < 2:
                 model(torch.randn(4, 3)).pow(2).mean().backward()
                 optimizer.step()
@@ -435,6 +435,11 @@ def test_a_loop_that_was_left_by_a_break_has_its_copy_waited_for_when_the_next_b
         next(batches)
 
     assert Stage(tmp_path).live(script).ended == "preempted"
+
+
+def has_landed(run: Any, stage: Stage) -> bool:
+    """Whether the state of this step is complete, and the next one will not be passed over."""
+    return newest_step(stage) == run.step and not run._course.session._overlap.in_flight
 
 
 def newest_step(stage: Stage) -> int:
