@@ -50,6 +50,24 @@ class Asked:
     why: Why
 
 
+class _Complaints:
+    """Says that a snapshot was passed over, from time to time only.
+
+    Hooks of optimizers, which outlive a session, lead to this: it must hold none of it.
+    """
+
+    def __init__(self) -> None:
+        self._next_at = 0.0
+
+    def __call__(self, error: Exception) -> None:
+        """Somebody else has filled the memory since: training goes on, and so does the log."""
+        now = time.monotonic()
+        if now >= self._next_at:
+            self._next_at = now + _COMPLAINT_SECONDS
+            advice = "; make room there" if isinstance(error, SpoolFull) else ""
+            log.error("a snapshot is passed over: %s%s", str(error), advice)  # keeps no frames
+
+
 class Session:
     """One attempt, as the trainer sees it. It holds the rank's lock for as long as it lives."""
 
@@ -71,6 +89,7 @@ class Session:
         self._lifeline: Lifeline | None = None
         self._points = PointWriter(self.rank.folder, self.plan.attempt) if supervised else None
         self.slots = SlotMemory(self.rank, self.plan.slots)
+        self._pass_over = _Complaints()
         self._overlap = Overlap(
             engine_for_this_machine(),
             optimizers,
@@ -80,7 +99,6 @@ class Session:
         self._writer = SnapshotWriter(self.rank, self.slots, self._overlap, self._wait_for_slot)
         self.facts = Facts(self.rank)
         self._saves = 0
-        self._complain_at = 0.0
         self._fetches = 0
         self.interrupt_code = PREEMPTED
         if supervised:
@@ -210,14 +228,6 @@ class Session:
     def _must_have_supervisor(self, what: str) -> None:
         if self._deserted:
             raise RestoreError(f"{what}: the supervisor is gone")
-
-    def _pass_over(self, error: Exception) -> None:
-        """Somebody else has filled the memory since: training goes on, and so does the log."""
-        now = time.monotonic()
-        if now >= self._complain_at:
-            self._complain_at = now + _COMPLAINT_SECONDS
-            advice = "; make room there" if isinstance(error, SpoolFull) else ""
-            log.error("a snapshot is passed over: %s%s", str(error), advice)  # keeps no frames
 
     # ------------------------------------------------------------------ a supervisor that is dead
 

@@ -113,8 +113,9 @@ def endless(node: Node) -> Started:
 
 
 def containers(node: Node) -> list[str]:
+    """Of this node's run alone, also when its spool is gone: others use the engine beside it."""
     assert node.docker is not None
-    return node.docker.containers("label=runner.run-id=job")
+    return node.docker.containers(f"label=runner.spool={node.spool().path}")
 
 
 @in_a_container
