@@ -7,6 +7,7 @@ last checkpoint must be that of the undisturbed run.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import multiprocessing
 import os
@@ -14,9 +15,10 @@ import random
 import subprocess
 import sys
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -33,9 +35,11 @@ import runner
 from runner.checkpoint.keeper import Origin
 from runner.errors import CaptureError, RestoreError, SpoolTaken, UnknownName
 from runner.plan import BestMetric, Interval
+from runner.spool import Marker, RankSpool
 from runner.training import rhythm as rhythm_module
 from tests.harness import INTERRUPT, KILL, PREEMPT, Life, Played, Script, Stage, Strike
 from tests.slots import memory_folder
+from tests.waiting import wait_until
 
 # The first step of `everything` is skipped by its scaler, and other scripts step theirs on purpose
 # where it is put back.
@@ -1061,11 +1065,25 @@ def test_run_boundary_inside_of_a_loop_is_refused() -> None:
 # ---------------------------------------------------------------- when a checkpoint is made
 
 
+@contextlib.contextmanager
+def each_save_is_begun() -> Iterator[None]:
+    """No state that is to be saved is overtaken by a newer one: steps here take no time."""
+    publish = RankSpool.publish
+
+    def publish_and_wait(rank: RankSpool, marker: Marker) -> None:
+        publish(rank, marker)
+        wait_until(lambda: not any(m.must for m in rank.complete()), what="the keeper to take it")
+
+    with mock.patch.object(RankSpool, "publish", publish_and_wait):
+        yield
+
+
 def triggers_of(script: Script, **options: Any) -> list[tuple[int, int, tuple[str, ...]]]:
     """Step, epoch and triggers of each checkpoint, oldest first."""
     with memory_folder() as folder:
         stage = Stage(folder, **options)
-        stage.play(script)
+        with each_save_is_begun():
+            stage.play(script)
         moments = [manifest.moment for manifest in stage.manifests()]
         return [(moment.step, moment.epoch, moment.triggers) for moment in moments]
 
@@ -1131,7 +1149,8 @@ def test_a_checkpoint_every_n_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
 def scopes_of(script: Script, **options: Any) -> list[tuple[int, str]]:
     with memory_folder() as folder:
         stage = Stage(folder, **options)
-        stage.play(script)
+        with each_save_is_begun():
+            stage.play(script)
         return [(manifest.moment.step, manifest.moment.scope) for manifest in stage.manifests()]
 
 

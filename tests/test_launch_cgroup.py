@@ -13,8 +13,9 @@ import pytest
 from waiting import wait_until
 
 from runner.launch.cgroup import AttemptGroup, own_group, remove_empty
+from runner.launch.local import _has_a_supervisor
 from runner.launch.process import TrainerProcess
-from runner.launch.process_tree import read_entry
+from runner.launch.process_tree import mark_prefix, read_entry
 from runner.supervisor.reaper import become_subreaper
 
 PROGRAMS = Path(__file__).parent / "child_programs"
@@ -179,8 +180,25 @@ def test_groups_that_a_dead_supervisor_has_left_are_removed(groups: Path) -> Non
     left = AttemptGroup.make("left-behind", groups)
     assert left is not None
     (left.folder / "made-by-its-trainer").mkdir()
+    beginning = AttemptGroup.make("just-beginning", groups)
+    assert beginning is not None
 
-    remove_empty(groups)
+    remove_empty(groups, spare=lambda mark: mark == "just-beginning")
 
     assert not left.folder.exists()
-    remove_empty(None)
+    assert beginning.folder.exists()
+    beginning.remove()
+    remove_empty(None, spare=lambda mark: False)
+
+
+def test_only_marks_of_supervisors_that_live_are_spared() -> None:
+    own = read_entry(os.getpid())
+    assert own is not None
+    dead = subprocess.Popen(["true"])
+    entry = read_entry(dead.pid)
+    dead.wait()
+    assert entry is not None
+
+    assert _has_a_supervisor(f"{mark_prefix(own)}.1")
+    marks = (f"{mark_prefix(entry)}.1", f"{os.getpid()}-1.1", "left-behind", "²-1.1", "")
+    assert not any(map(_has_a_supervisor, marks))

@@ -121,7 +121,7 @@ def test_a_changed_job_is_refused_with_what_differs_until_it_is_accepted(node: N
     script = "test -e done || { touch done; kill -INT $PPID; sleep 60; }"
 
     def job(**keys: Any) -> str:
-        return node.job("bash", "-c", script, preemption={"grace": "200ms"}, **keys)
+        return node.job("bash", "-c", script, preemption={"grace": "2s"}, **keys)
 
     assert node.run("run", job(params={"lr": 0.1, "size": 8})).code == 130
     changed = job(params={"lr": 0.2, "depth": 2, "size": 8}, env={"A": "b"})
@@ -629,7 +629,7 @@ def test_a_run_of_which_nothing_is_sound_never_begins_anew(
 
 
 def test_a_live_run_is_seen_followed_and_stopped(node: Node) -> None:
-    job = node.job("python", str(PROGRAMS / "waits.py"), preemption={"grace": "400ms"})
+    job = node.job("python", str(PROGRAMS / "waits.py"), preemption={"grace": "2s"})
     detached = node.run("submit", job, "--detach")
 
     assert (detached.code, detached.out) == (0, "")
@@ -670,7 +670,7 @@ def test_a_stop_that_was_meant_for_an_earlier_supervisor_stops_no_later_one(node
 
 def test_a_store_is_the_same_whatever_way_leads_there(node: Node) -> None:
     (node.folder / "link").symlink_to(node.store_folder)
-    job = node.job("sleep", "60", preemption={"grace": "200ms"}, store="sub/../../store")
+    job = node.job("sleep", "60", preemption={"grace": "2s"}, store="sub/../../store")
     supervisor = node.start("run", job)
     wait_until(lambda: node.spool().status(), what="the supervisor")
 

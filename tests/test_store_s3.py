@@ -630,7 +630,7 @@ def test_what_is_set_up_wrongly_is_said_with_the_next_step(
 
     for ask in (lambda: store.read("a", 1), lambda: store.stored("a"), lambda: store.children("")):
         if "answer" in message:  # asked for again until there is no time left
-            store.hurry(time.monotonic() + 1)
+            store.hurry(time.monotonic() + 3)
         with pytest.raises(StoreError, match=message) as caught:
             ask()
         assert not isinstance(caught.value, NotFound)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 _PREFIX = "runner-attempt-"
@@ -84,10 +84,14 @@ def own_group(
     return folder if is_delegated and may_write else None
 
 
-def remove_empty(parent: Path | None) -> None:
-    """Remove what supervisors that were killed have left here, if nobody is in it."""
+def remove_empty(parent: Path | None, spare: Callable[[str], bool]) -> None:
+    """Remove what supervisors that were killed have left here, if nobody is in it.
+
+    `spare` is asked by the mark of an attempt: one that is just beginning is not in its group yet.
+    """
     for folder in [] if parent is None else parent.glob(f"{_PREFIX}*"):
-        AttemptGroup(folder).remove()
+        if not spare(folder.name.removeprefix(_PREFIX)):
+            AttemptGroup(folder).remove()
 
 
 def _mount_point(mountinfo: str) -> Path | None:

@@ -12,6 +12,7 @@ from runner.launch.base import Order, Places
 from runner.launch.cgroup import own_group, remove_empty
 from runner.launch.leftovers import end_leftovers
 from runner.launch.process import TrainerProcess, build_environment
+from runner.launch.process_tree import mark_prefix, read_entry
 from runner.launch.trial import ProcessTrial
 
 
@@ -34,7 +35,7 @@ class ProcessLauncher:
 
     def end_leftovers(self) -> list[str]:
         left = end_leftovers(self.places.spool)
-        remove_empty(self._groups)
+        remove_empty(self._groups, spare=_has_a_supervisor)
         return [f"process {pid}" for pid in left]
 
     def leave(self, seconds_left: float) -> None:
@@ -59,3 +60,10 @@ class ProcessLauncher:
             stderr=order.stderr,
             groups=self._groups,
         )
+
+
+def _has_a_supervisor(mark: str) -> bool:
+    """Whether the supervisor that made this mark, `PID-START.N`, lives."""
+    pid = mark.partition("-")[0]
+    entry = read_entry(int(pid)) if pid.isdecimal() else None
+    return entry is not None and entry.alive and mark.startswith(f"{mark_prefix(entry)}.")

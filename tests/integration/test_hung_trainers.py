@@ -129,9 +129,7 @@ def test_twenty_preemptions_use_up_nothing(node: Node) -> None:
     """With no failure to spare; the last attempt finishes by itself."""
     node.gate.touch()
     script = "test -e last && exit 0; echo ready; exec sleep 600"
-    document = node.job(
-        "bash", "-c", script, preemption={"grace": "200ms"}, restart={"failures": 0}
-    )
+    document = node.job("bash", "-c", script, preemption={"grace": "1s"}, restart={"failures": 0})
     for _ in range(20):
         supervisor = node.start("run", document)
         supervisor.wait_for("ready")

@@ -162,7 +162,7 @@ def test_a_script_that_blocks_through_the_grace_loses_nothing(
     """The supervisor knows the grace of this node, though the job speaks of another."""
     job = node.training(params={"befalls": {"1": {"6": "wait"}}}, preemption={"grace": "1h"})
 
-    report = simulate(node, job, "--preempt", "after=5s", "--grace", "2s", "--lose-disk")
+    report = simulate(node, job, "--preempt", "after=5s", "--grace", "4s", "--lose-disk")
 
     first, second = report["attempts"]
     assert (first["cause"], first["exit_code"], first["lost_steps"]) == ("preemption", 75, 0)
@@ -179,7 +179,7 @@ def test_a_recorded_life_is_replayed(node: Node, undisturbed: Report) -> None:
     trace = node.folder / "trace.json"
     trace.write_text(json.dumps({"metadata": {"gap_seconds": 100}, "data": [0, 1, 1, 1, 1, 0]}))
     job = node.training(params={"befalls": {"1": {"6": "wait"}}})
-    options = ("--trace", str(trace), "--speedup", "100", "--grace", "2s")
+    options = ("--trace", str(trace), "--speedup", "100", "--grace", "4s")
 
     report = simulate(node, job, *options)
 
@@ -192,7 +192,7 @@ def test_a_recorded_life_is_replayed(node: Node, undisturbed: Report) -> None:
 def test_the_recorded_life_of_a_real_node_is_survived(node: Node, undisturbed: Report) -> None:
     trace = data_folder() / "spot" / "aws-us-west-2b-v100.json"
     job = node.training(params={"befalls": {"1": {"6": "wait"}}})
-    options = ("--trace", str(trace), "--speedup", "8000", "--grace", "2s")
+    options = ("--trace", str(trace), "--speedup", "8000", "--grace", "4s")
 
     report = simulate(node, job, *options)
 

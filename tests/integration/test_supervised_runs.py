@@ -218,7 +218,7 @@ def test_a_home_that_cannot_be_written_does_not_stop_a_run(node: Node) -> None:
 
 
 def test_a_run_has_one_supervisor_on_a_machine(node: Node) -> None:
-    job = node.job("sleep", "60", preemption={"grace": "200ms"})
+    job = node.job("sleep", "60", preemption={"grace": "2s"})
     supervisor = node.start("run", job)
     wait_until(lambda: node.spool().status() is not None, what="the supervisor")
 

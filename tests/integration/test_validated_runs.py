@@ -127,6 +127,7 @@ def test_a_validation_that_never_ends_keeps_no_preemption_and_no_container(
     assert {fact["HostConfig"]["NetworkMode"] for fact in facts} == {"none"}
 
     endless.send_signal(signal.SIGTERM)
+    node.wait_until_asked()
     node.gate.touch()
 
     assert endless.wait() == 75
