@@ -29,6 +29,10 @@ class Life:
     failure: None = None
     refuses: int = 0
     """How often its end is disturbed."""
+    heard: list[int] = field(default_factory=list)
+
+    def send_signal(self, signum: int) -> None:
+        self.heard.append(signum)
 
     def poll(self) -> int | None:
         if not self.dead:
@@ -77,6 +81,25 @@ def test_a_start_that_comes_after_its_end_is_taken_back() -> None:
     may_start.set()
 
     assert life.removed.wait(60)
+
+
+def test_a_signal_that_comes_before_the_engine_has_said_that_it_runs_is_not_lost() -> None:
+    life, may_start = Life(), threading.Event()
+    life.answers.set()
+
+    def begin(_: Order) -> Life:
+        may_start.wait()
+        return life
+
+    aside = Aside(begin, order([]), threading.Lock())  # type: ignore[arg-type]
+    assert not aside.send_signal_to(12, signal.SIGHUP)
+    aside.send_signal(signal.SIGHUP)
+    may_start.set()
+    wait_until(lambda: life.heard, what="the signal")
+    aside.send_signal(signal.SIGUSR2)
+
+    assert life.heard == [signal.SIGHUP, signal.SIGUSR2]
+    assert aside.kill_tree() == []
 
 
 def test_a_deadline_that_becomes_known_during_the_end_cuts_it_short() -> None:

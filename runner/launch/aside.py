@@ -60,6 +60,8 @@ class Aside:
         self._ending, self._over = threading.Event(), threading.Event()
         self._printing = threading.Lock()
         self._is_left = False
+        self._signalling = threading.Lock()
+        self._early: list[int] = []
         threading.Thread(target=self._serve, name="engine", daemon=True).start()
 
     # ------------------------------------------------------------------ the thread at the engine
@@ -74,10 +76,15 @@ class Aside:
 
     def _starts(self) -> bool:
         try:
-            self._life = self._begin(replace(self._order, print_left=self._print))
+            life = self._begin(replace(self._order, print_left=self._print))
         except (RunnerError, OSError) as error:
             self._failure = error
-        return self._failure is None
+            return False
+        with self._signalling:
+            self._life, early = life, self._early
+        for signum in early:
+            life.send_signal(signum)
+        return True
 
     def _live(self, life: Life) -> None:
         while not self._ending.wait(_POLL_SECONDS):
@@ -155,8 +162,12 @@ class Aside:
     # ------------------------------------------------------------------ signals
 
     def send_signal(self, signum: int) -> None:
-        if self._life is not None:
-            self._life.send_signal(signum)
+        """To what was started; it may run, and print, before the engine has said that it does."""
+        with self._signalling:
+            if self._life is None:
+                self._early.append(signum)
+                return
+        self._life.send_signal(signum)
 
     def send_signal_to(self, pid: int, signum: int) -> bool:
         return self._life is not None and self._life.send_signal_to(pid, signum)
